@@ -1,0 +1,1 @@
+"""HTTP only: parse, authorise, hand over, format. Knows no torch, no files, no slots."""

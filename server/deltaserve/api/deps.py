@@ -1,0 +1,61 @@
+"""What handlers need, and who may call them."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from deltaserve.deltas.intake import Intake
+from deltaserve.deltas.residency import Residency
+from deltaserve.deltas.store import DeltaStore
+from deltaserve.engine.loop import Engine
+from deltaserve.engine.text import TextSide
+from deltaserve.errors import AuthenticationFailed, Draining
+from deltaserve.metrics import Metrics
+from deltaserve.settings import Settings
+
+
+@dataclass
+class Services:
+    """Everything behind the HTTP layer, made by app.build_services."""
+
+    settings: Settings
+    base_id: str
+    base_fingerprint: str
+    created: int
+    max_model_len: int
+    runtime: dict[str, str]  # what runs: versions, device, dtype, kernels
+    engine: Engine
+    text: TextSide
+    store: DeltaStore
+    intake: Intake
+    residency: Residency
+    metrics: Metrics
+    draining: bool = field(default=False)
+
+    def refuse_if_draining(self) -> None:
+        if self.draining:
+            raise Draining("the server is shutting down")
+
+
+def services(request: Request) -> Services:
+    found: Services = request.app.state.services
+    return found
+
+
+ServicesDep = Annotated[Services, Depends(services)]
+
+
+async def authorise(request: Request, deps: ServicesDep) -> None:
+    """On the router, so that no route can forget it. Compared as digests, in constant time."""
+    expected = deps.settings.api_key
+    if expected is None:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    digests = [hashlib.sha256(key.encode()).digest() for key in (given.strip(), expected)]
+    if scheme.lower() != "bearer" or not secrets.compare_digest(*digests):
+        raise AuthenticationFailed("a valid key is needed: Authorization: Bearer KEY")

@@ -1,0 +1,211 @@
+"""One API request as sequences in the engine: set up off the event loop, listened to, and always cleaned up.
+
+A request resolves its model name once, here, to a digest that it leases until its last sequence has ended. A name that
+does not resolve is an error; nothing ever falls back to the base.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from fastapi import Request as HttpRequest
+
+from deltaserve.api.deps import Services
+from deltaserve.api.schemas import Generation as Wire
+from deltaserve.engine.text import Profile, Sink
+from deltaserve.engine.types import Event, Request, SamplingParams
+from deltaserve.errors import BadRequest, ContextLengthExceeded
+from deltaserve.ids import DeltaDigest, RequestId
+
+T = TypeVar("T")
+Prompts = Callable[[Profile], list[list[int]]]
+
+
+class Generation:
+    """The choices of one API request: prompt i has the choices [i·n, (i+1)·n). Use as an async context manager."""
+
+    def __init__(self, services: Services, body: Wire, kind: str) -> None:
+        self._services = services
+        self._body = body
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._leased: DeltaDigest | None = None
+        self.digest: DeltaDigest | None = None  # None = the base
+        self._live: dict[int, Request] = {}
+        self.id = f"{kind}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.n = body.n or 1
+        self.prompts: list[list[int]] = []
+        self.completion_tokens = 0
+        self.profile: Profile = services.text.base_profile
+        self._first: tuple[int, Event] | None = None
+
+    async def start(self, prompts: Prompts, params: Callable[[Profile, int], SamplingParams]) -> None:
+        """Resolves the model, reads the prompts, submits, and waits for the first event, so that what goes wrong
+        before it is still an HTTP status. Raises DeltaServeError."""
+        self._services.refuse_if_draining()
+        requests = await asyncio.to_thread(self._prepare, prompts, params)
+        self._live = dict(enumerate(requests))
+        self._services.engine.submit(requests)
+        index, event = await self._next()
+        self._first = (index, event)
+
+    async def __aenter__(self) -> Generation:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancels what still runs and gives the lease back. May be called again."""
+        for request in self._live.values():
+            self._services.engine.cancel(request.id)
+        self._live.clear()
+        if self._leased is not None:
+            self._services.store.release(self._leased)
+            self._leased = None
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """(choice, event) of all choices as they come, until the last one has ended. Raises a choice's error."""
+        if self._first is not None:
+            first, self._first = self._first, None
+            yield first
+        while self._live:
+            yield await self._next()
+
+    @property
+    def system_fingerprint(self) -> str:
+        """Which weights answered: base, and delta where there is one."""
+        base = self._services.base_fingerprint[:12]
+        return f"{base}-{self.digest[:12]}" if self.digest else base
+
+    @property
+    def usage(self) -> dict[str, int]:
+        prompt = sum(map(len, self.prompts))
+        done = self.completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": done, "total_tokens": prompt + done}
+
+    async def _next(self) -> tuple[int, Event]:
+        index, event = await self._events.get()
+        self.completion_tokens += len(event.token_ids)
+        if event.finish_reason is not None:
+            self._live.pop(index, None)
+        if event.error is not None:
+            raise event.error
+        return index, event
+
+    def _prepare(self, prompts: Prompts, params: Callable[[Profile, int], SamplingParams]) -> list[Request]:
+        """Off the event loop: disk, templates, tokenizers."""
+        services = self._services
+        if self._body.model != services.base_id:
+            self.digest = self._leased = services.store.lease(self._body.model).digest
+        self.profile = services.text.profile(self.digest)
+        self.prompts = prompts(self.profile)
+        now = time.monotonic()
+        requests: list[Request] = []
+        for ids in self.prompts:
+            sampling = params(self.profile, len(ids))
+            self._check_ids(ids)
+            for choice in range(self.n):
+                index = len(requests)
+                requests.append(
+                    Request(
+                        id=RequestId(f"{self.id}-{index}"),
+                        digest=self.digest,
+                        prompt_ids=ids,
+                        params=_for_choice(sampling, choice),
+                        eos_ids=self.profile.eos_ids,
+                        vocab_size=self.profile.vocab_size,
+                        sink=Sink(self.profile, ids, sampling),
+                        emit=self._emitter(index),
+                        arrival_s=now,
+                    )
+                )
+        return requests
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise BadRequest("the prompt has no tokens", param="prompt")
+        if max(ids) >= self.profile.vocab_size:
+            raise BadRequest(f"token id {max(ids)} is not below {self.profile.vocab_size}", param="prompt")
+
+    def _emitter(self, index: int) -> Callable[[Event], None]:
+        def emit(event: Event) -> None:
+            try:
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+            except RuntimeError:
+                pass  # the loop is closed: nobody listens any more
+
+        return emit
+
+
+def sampling_params(
+    body: Wire, profile: Profile, num_prompt_tokens: int, max_model_len: int, *, max_tokens: int | None, **extra: Any
+) -> SamplingParams:
+    """The request's values, else the model's generation defaults, else OpenAI's. Raises ContextLengthExceeded."""
+    room = max_model_len - num_prompt_tokens
+    if room < (max_tokens if max_tokens is not None else 1):
+        asked = f" and {max_tokens} for the answer" if max_tokens is not None else ""
+        raise ContextLengthExceeded(
+            f"the model's context is {max_model_len} tokens; the prompt has {num_prompt_tokens}{asked}", param="prompt"
+        )
+
+    def given(name: str, fallback: Any) -> Any:
+        value = getattr(body, name)
+        return value if value is not None else profile.defaults.get(name, fallback)
+
+    bias = tuple((_token_id(key, profile), value) for key, value in (body.logit_bias or {}).items())
+    return SamplingParams(
+        max_tokens=room if max_tokens is None else max_tokens,
+        temperature=given("temperature", 1.0),
+        top_p=given("top_p", 1.0),
+        top_k=max(given("top_k", 0), 0),
+        min_p=given("min_p", 0.0),
+        seed=body.seed,
+        repetition_penalty=given("repetition_penalty", 1.0),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=bias,
+        min_tokens=body.min_tokens or 0,
+        ignore_eos=bool(body.ignore_eos),
+        stop=body.stop_strings,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        **extra,
+    )
+
+
+async def until_disconnect(http: HttpRequest, work: Awaitable[T]) -> T:
+    """`work`, cancelled when the client goes away."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+        return await task
+    finally:
+        watcher.cancel()
+        task.cancel()
+
+
+def _for_choice(params: SamplingParams, choice: int) -> SamplingParams:
+    """Choice i of a seeded request draws from seed + i."""
+    if params.seed is None or choice == 0:
+        return params
+    return replace(params, seed=params.seed + choice)
+
+
+def _token_id(key: str, profile: Profile) -> int:
+    if not key.isascii() or not key.isdigit() or int(key) >= profile.vocab_size:
+        raise BadRequest(f"logit_bias: {key[:40]!r} is no token id below {profile.vocab_size}", param="logit_bias")
+    return int(key)

@@ -1,0 +1,28 @@
+"""GET /health, open to all; GET /version and /metrics, behind the key where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from deltaserve.api.deps import ServicesDep
+
+open_router = APIRouter()
+router = APIRouter()
+
+
+@open_router.get("/health")
+async def health(services: ServicesDep) -> Response:
+    """Empty 200; 503 while draining, or when the engine is dead."""
+    return Response(status_code=200 if services.engine.is_alive and not services.draining else 503)
+
+
+@router.get("/version")
+async def version(services: ServicesDep) -> dict[str, Any]:
+    return services.runtime
+
+
+@router.get("/metrics")
+async def metrics(services: ServicesDep) -> Response:
+    return Response(services.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,207 @@
+"""The composition root: settings → services → application. The one place that knows every part."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+import torch
+import transformers
+from fastapi import Depends, FastAPI
+
+from deltaserve import __version__
+from deltaserve.api import chat, completions, deltas, errors, health, models
+from deltaserve.api.deps import Services, authorise
+from deltaserve.api.middleware import Identify
+from deltaserve.deltas.artifact import Artifact
+from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.deltas.intake import Intake
+from deltaserve.deltas.residency import Limits, Residency
+from deltaserve.deltas.store import DeltaStore
+from deltaserve.engine.blocks import BlockPool
+from deltaserve.engine.loop import Engine
+from deltaserve.engine.runner import Runner
+from deltaserve.engine.scheduler import Chunk, Scheduler
+from deltaserve.engine.templates import TemplateRenderer
+from deltaserve.engine.text import Sink, TextSide
+from deltaserve.engine.types import Request as EngineRequest
+from deltaserve.engine.types import SamplingParams
+from deltaserve.errors import BadRequest, CheckpointError
+from deltaserve.ids import RequestId
+from deltaserve.metrics import MAX_DELTA_SERIES, Metrics
+from deltaserve.model.load import ServedModel, load_model
+from deltaserve.settings import Settings
+
+logger = logging.getLogger(__name__)
+LONGEST_DEFAULT = 8192  # tokens of max_model_len where the settings do not say
+Gauge = tuple[str, str, dict[str, str], float]
+
+
+def build_services(settings: Settings) -> Services:
+    """Loads the base and puts every part in place; the engine runs. Raises CheckpointError, BadRequest."""
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    device = _device(settings.device)
+    base = Checkpoint.open(settings.base)
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    kv_tokens = settings.kv_cache_tokens or _default_kv_tokens(base, device)
+    num_blocks = max(kv_tokens // settings.block_size, 1)
+    model = load_model(base, device=device, dtype=dtype, kv_slots=num_blocks * settings.block_size)
+    max_model_len = _max_model_len(settings, model, num_blocks * settings.block_size)
+    metrics = Metrics(settings.served_model_name or base.name)
+    parts: dict[str, Engine] = {}
+    residency = Residency(
+        lambda digest: store.path(digest),
+        device,
+        Limits(settings.max_deltas, settings.max_cpu_deltas, settings.max_delta_bytes, settings.max_cpu_delta_bytes),
+        on_ready=lambda: parts["engine"].wake(),
+        on_loaded=metrics.delta_load_seconds.observe,
+    )
+    store = DeltaStore(settings.store, on_removed=lambda digest: residency.discard([digest]))
+    text = TextSide(
+        base, model.vocab_size, TemplateRenderer(), lambda digest: Artifact.open(store.path(digest)).manifest
+    )
+
+    def check_template(artifact: Artifact) -> None:
+        if artifact.manifest.chat_template is not None:
+            text.check_template(artifact.manifest.chat_template)
+
+    intake = Intake(store, base, [model.check_servable, check_template], settings.max_upload_bytes)
+    runner = Runner(model, residency.slots, settings.block_size)
+    blocks = BlockPool(num_blocks, settings.block_size)
+    _warm_up(runner, text, blocks)
+    scheduler = Scheduler(
+        blocks,
+        residency,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+    )
+    engine = parts["engine"] = Engine(scheduler, runner, metrics, max_num_queued=settings.max_num_queued_reqs)
+    engine.start()
+    services = Services(
+        settings=settings,
+        base_id=settings.served_model_name or base.name,
+        base_fingerprint=base.fingerprint,
+        created=int(time.time()),
+        max_model_len=max_model_len,
+        runtime={
+            "version": __version__,
+            "base": base.fingerprint,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "kernels": "torch",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        engine=engine,
+        text=text,
+        store=store,
+        intake=intake,
+        residency=residency,
+        metrics=metrics,
+    )
+    metrics.read_gauges_from(lambda: _gauges(services, blocks))
+    logger.info(
+        "base %s (%s…) on %s as %s; context %d tokens, KV cache %d tokens; kernels: torch",
+        services.base_id, base.fingerprint[:12], device, services.runtime["dtype"], max_model_len,
+        num_blocks * settings.block_size,
+    )  # fmt: skip
+    return services
+
+
+def create_app(services: Services) -> FastAPI:
+    """The application. Closes `services` when it shuts down."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
+        yield
+        services.engine.stop()
+        services.residency.close()
+        services.text.close()
+        services.store.close()
+
+    app = FastAPI(title="deltaserve", version=__version__, lifespan=lifespan)
+    app.state.services = services
+    app.include_router(health.open_router)
+    for router in (completions.router, chat.router, models.router, deltas.router, health.router):
+        app.include_router(router, dependencies=[Depends(authorise)])
+    errors.install(app)
+
+    app.add_middleware(Identify, metrics=services.metrics)
+    return app
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadRequest("--device cuda: torch finds no CUDA device")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _default_kv_tokens(base: Checkpoint, device: torch.device) -> int:
+    """A quarter of the memory that is free now, by the base's shape, 65536 tokens at most."""
+    config = base.config
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 1
+    size = config.get("head_dim") or config.get("hidden_size", 64) // (config.get("num_attention_heads") or 1)
+    per_token = 2 * heads * size * config.get("num_hidden_layers", 1) * 4
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    return int(max(min(free // 4 // per_token, 65536), 1024))
+
+
+def _max_model_len(settings: Settings, model: ServedModel, kv_tokens: int) -> int:
+    asked = settings.max_model_len
+    if asked is not None and asked > model.max_positions:
+        raise BadRequest(f"--max-model-len {asked}: the base has {model.max_positions} positions")
+    if asked is not None and asked > kv_tokens:
+        raise BadRequest(f"--max-model-len {asked}: the KV cache has room for {kv_tokens} tokens (--kv-cache-tokens)")
+    return asked or min(model.max_positions, LONGEST_DEFAULT, kv_tokens)
+
+
+def _warm_up(runner: Runner, text: TextSide, blocks: BlockPool) -> None:
+    """One prompt and one decode step: what the model cannot do fails here and not at the first request."""
+    ids = [0, 0, 0]
+    params = SamplingParams(max_tokens=1)
+    request = EngineRequest(
+        id=RequestId("warm-up"),
+        digest=None,
+        prompt_ids=ids,
+        params=params,
+        eos_ids=frozenset(),
+        vocab_size=1,
+        sink=Sink(text.base_profile, ids, params),
+        emit=lambda event: None,
+    )
+    blocks.try_grow(request, len(ids))
+    try:
+        for chunk in (Chunk(request, 0, 2), Chunk(request, 2, 1)):
+            runner.run([chunk])
+    except (NotImplementedError, TypeError, AssertionError, RuntimeError) as error:
+        raise CheckpointError(f"this architecture cannot be served: {type(error).__name__}: {error}") from error
+    finally:
+        blocks.release(request)
+        runner.generators.forget(request)
+
+
+def _gauges(services: Services, blocks: BlockPool) -> Iterable[Gauge]:
+    yield "vllm:num_requests_running", "requests in the batch", {}, services.engine.num_running
+    yield "vllm:num_requests_waiting", "requests in the queue", {}, services.engine.num_waiting
+    yield "vllm:kv_cache_usage_perc", "share of KV blocks held", {}, 1 - blocks.num_free / blocks.num_blocks
+    for tier, count in services.residency.counts().items():
+        yield "deltaserve:deltas", "deltas by tier", {"tier": tier}, count
+    for tier, size in services.residency.tier_bytes().items():
+        yield "deltaserve:delta_tier_bytes", "bytes of deltas by tier", {"tier": tier}, size
+    for record in services.store.records()[:MAX_DELTA_SERIES]:
+        state = services.residency.state(record.digest)
+        labels = {"delta": record.name, "version": str(record.version), "state": state}
+        yield "deltaserve:delta_disk_bytes", "bytes of one delta's file", labels, record.summary["disk_bytes"]
+        resident = services.residency.resident_bytes(record.digest) or 0
+        yield "deltaserve:delta_resident_bytes", "bytes of one delta in memory, 0 on disk", labels, resident

@@ -1,0 +1,205 @@
+"""The commands on files: compress, inspect, restore, evaluate. Owns their arguments and what they print.
+
+torch and the rest of the server's libraries are imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltaserve.cli import console
+from deltaserve.cli.console import progress_bar, size, write
+from deltaserve.errors import BadRequest, CheckpointError, CodecError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deltaserve.codecs.base import Codec
+    from deltaserve.deltas.artifact import Artifact
+
+DEFAULT_CODEC, DEFAULT_BITS = "dare", 0.5
+CODING = ("codec", "bits", "rank", "energy", "option", "seed")  # what an imported adapter has no use for
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the commands; each parser's `run` default takes the parsed arguments and returns the exit status."""
+    quiet = argparse.ArgumentParser(add_help=False)
+    quiet.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    parser = subparsers.add_parser("compress", parents=[quiet], help="make a delta artifact of a fine-tune")
+    parser.add_argument("base", metavar="BASE", help="directory, hub id or .gguf file")
+    parser.add_argument("finetuned", metavar="FINETUNED", help="the same, or a PEFT LoRA adapter's directory")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
+    parser.add_argument("--codec", help=f"bitdelta, dare or delta-svd (default: {DEFAULT_CODEC}, {DEFAULT_BITS} bits)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--bits", type=float, help="bits per parameter")
+    budget.add_argument("--rank", type=int, help="delta-svd: singular directions kept of each matrix")
+    budget.add_argument("--energy", type=float, help="delta-svd: share of ‖Δ‖² kept, up to 1")
+    parser.add_argument("--seed", type=_whole(0, 2**64 - 1), help="of the codec's random choices (default: 0)")
+    parser.add_argument("--option", metavar="KEY=VALUE", type=_option, action="append", help="a codec's own setting")
+    parser.set_defaults(run=compress)
+
+    parser = subparsers.add_parser("inspect", help="show what an artifact holds")
+    parser.add_argument("artifact", metavar="FILE", type=Path)
+    parser.add_argument("--layers", action="store_true", help="every layer, not only every kind of layer")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(run=inspect)
+
+    parser = subparsers.add_parser("restore", parents=[quiet], help="base + artifact → a full checkpoint again")
+    parser.add_argument("base", metavar="BASE")
+    parser.add_argument("artifact", metavar="FILE", type=Path)
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
+    parser.add_argument("--dtype", choices=("auto", "float32"), default="auto", help="auto: the fine-tune's")
+    parser.set_defaults(run=restore)
+
+    parser = subparsers.add_parser("evaluate", parents=[quiet], help="measure an artifact on a task")
+    parser.add_argument("base", metavar="BASE")
+    parser.add_argument("artifact", metavar="FILE", type=Path)
+    parser.add_argument("--finetuned", metavar="DIR", help="compare with the full fine-tune")
+    parser.add_argument("--data", metavar="JSONL", type=Path, required=True, help='lines {"prompt": …, "answer": …}')
+    parser.add_argument("--limit", metavar="N", type=_whole(1), help="only the first N rows")
+    parser.add_argument("--batch", type=_whole(1), default=16, help="rows at once (default: %(default)s)")
+    parser.add_argument("--scoring", choices=("exact", "last-number"), default="exact", help="when an answer is right")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: the fine-tune's"
+    )
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=evaluate)
+
+
+def compress(args: argparse.Namespace) -> int:
+    from deltaserve.deltas import compress as compression
+    from deltaserve.deltas.checkpoint import Checkpoint
+    from deltaserve.deltas.lora import import_lora, is_adapter
+
+    adapter = is_adapter(Path(args.finetuned))
+    given = [f"--{name}" for name in CODING if getattr(args, name) is not None]
+    if adapter and given:
+        raise BadRequest(f"{args.finetuned} is a LoRA adapter and is kept as it is: {', '.join(given)} do not apply")
+    codec = None if adapter else _codec(args)
+    base, finetuned = Checkpoint.open(args.base), Checkpoint.open(args.finetuned)
+    inputs = {entry.path.resolve() for checkpoint in (base, finetuned) for entry in checkpoint.entries.values()}
+    if args.output.resolve() in inputs | {Path(args.base).resolve(), Path(args.finetuned).resolve()}:
+        raise BadRequest(f"{args.output} is an input; it is not overwritten")
+    if args.output.is_dir() or not args.output.parent.is_dir():
+        raise BadRequest(f"{args.output}: {'a directory' if args.output.is_dir() else 'its directory does not exist'}")
+    with progress_bar(quiet=args.quiet) as progress:
+        if codec is None:
+            artifact = import_lora(base, Path(args.finetuned), args.output, progress=progress)
+        else:
+            seed = args.seed or 0
+            artifact = compression.compress(base, finetuned, codec, args.output, seed=seed, progress=progress)
+    full_bytes = base.num_bytes if adapter else finetuned.num_bytes
+    _write_summary(args, artifact, full_bytes)
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    from deltaserve.deltas.artifact import Artifact
+
+    artifact = Artifact.open(args.artifact)
+    if args.json:
+        write(json.dumps(console.described(artifact), indent=2) + "\n")
+    else:
+        console.write_description(artifact, every_layer=args.layers)
+    return 0
+
+
+def restore(args: argparse.Namespace) -> int:
+    import torch
+
+    from deltaserve.deltas import restore as restoration
+    from deltaserve.deltas.artifact import Artifact
+    from deltaserve.deltas.checkpoint import Checkpoint
+
+    artifact, base = Artifact.open(args.artifact), Checkpoint.open(args.base)
+    dtype = torch.float32 if args.dtype == "float32" else None
+    with progress_bar(quiet=args.quiet) as progress:
+        restoration.restore(base, artifact, args.output, dtype=dtype, progress=progress)
+    write(f"{args.output}: a full checkpoint of {size(Checkpoint.open(args.output).num_bytes)}\n")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    import torch
+    from transformers.utils import logging
+
+    from deltaserve import evaluate as evaluation
+    from deltaserve.deltas.artifact import Artifact
+    from deltaserve.deltas.checkpoint import Checkpoint
+    from deltaserve.deltas.lora import is_adapter
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    rows = evaluation.load_rows(args.data, args.limit)
+    artifact, base = Artifact.open(args.artifact), Checkpoint.open(args.base)
+    if args.finetuned and is_adapter(Path(args.finetuned)):
+        raise CheckpointError(f"{args.finetuned} is a LoRA adapter; --finetuned needs a full checkpoint")
+    finetuned = Checkpoint.open(args.finetuned) if args.finetuned else None
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    options = {"batch": args.batch, "dtype": dtype, "scoring": args.scoring}
+    with progress_bar(quiet=args.quiet) as progress:
+        result = evaluation.evaluate(base, artifact, rows, finetuned=finetuned, progress=progress, **options)
+    if args.json:
+        write(json.dumps(vars(result), indent=2) + "\n")
+        return 0
+    table = console.plain_table(f"{result.rows} rows", "restored", *(["fine-tune"] if finetuned else []))
+    for name, template in (("exact_match", "{:.1%}"), ("nats_per_token", "{:.4f}")):
+        values = [getattr(result, name), getattr(result, f"finetuned_{name}")]
+        table.add_row(name.replace("_", " "), *(template.format(value) for value in values if value is not None))
+    console.write_table(table)
+    if result.kl is not None:
+        write(f"KL(fine-tune ‖ restored) {result.kl:.4f} nats per token, top-1 agreement {result.top1_agreement:.1%}\n")
+    return 0
+
+
+def _codec(args: argparse.Namespace) -> Codec:
+    from deltaserve.codecs.registry import Budget, make_codec
+
+    options = dict(args.option or [])
+    budget = Budget(bits=args.bits, rank=args.rank, energy=args.energy)
+    if args.codec is None and budget == Budget() and not options:
+        budget = Budget(bits=DEFAULT_BITS)
+    try:
+        return make_codec(args.codec or DEFAULT_CODEC, budget, options)
+    except CodecError as error:  # the command line says what cannot be: wrong usage
+        raise BadRequest(error.message) from None
+
+
+def _write_summary(args: argparse.Namespace, artifact: Artifact, full_bytes: int) -> None:
+    num_bytes = artifact.file.num_bytes
+    write(
+        f"{args.output}: {size(num_bytes)}, {full_bytes / num_bytes:.1f} times smaller than a full copy "
+        f"({size(full_bytes)}), {artifact.bits_per_parameter:.3f} bits per parameter\n"
+    )
+    if errors := console.mean_errors(artifact.manifest.layers.values()):
+        relative, gain, _ = errors
+        write(f"mean of {len(artifact.manifest.layers)} layers: relative error {relative:.4f}, gain {gain:.4f}\n")
+    file, base = shlex.quote(str(args.output)), shlex.quote(args.base)
+    write(f"next: deltaserve inspect {file}\n      deltaserve evaluate {base} {file} --data ROWS.jsonl\n")
+    write(f"      deltaserve push {file}\n")
+
+
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text} is not in {least} … {'' if most is None else most}")
+        return value
+
+    return parse
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, the value as JSON where it is some: numbers are numbers."""
+    key, separator, value = text.partition("=")
+    if not key or not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value

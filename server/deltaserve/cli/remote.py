@@ -1,0 +1,185 @@
+"""The commands that talk to a running server: push, models, complete, delete.
+
+Owns their arguments and what they print. Everything about HTTP is `deltaserve_client`'s; no torch is needed here.
+Results go to stdout, progress and errors to stderr; an error is one line and exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltaserve_client import DEFAULT_URL, Client, DeltaServeClientError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deltaserve_client import Delta, Model
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the commands; each parser's `run` default takes the parsed arguments and returns the exit status."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--url", default=_default_url(), help="the server (DELTASERVE_URL; now %(default)s)")
+    common.add_argument("--api-key", help="the server's key (default: DELTASERVE_API_KEY)")
+
+    parser = subparsers.add_parser("push", parents=[common], help="upload a delta artifact")
+    parser.add_argument("file", metavar="FILE", type=Path)
+    parser.add_argument("--name", help="the model name to serve it under (default: FILE without its suffix)")
+    parser.set_defaults(run=push)
+
+    parser = subparsers.add_parser("models", parents=[common], help="list what the server can answer as")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=models)
+
+    parser = subparsers.add_parser("complete", parents=[common], help="complete a prompt")
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument(
+        "--chat", action="store_true", help="send PROMPT as a user's message, through the chat template"
+    )
+    parser.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
+    parser.add_argument("--json", action="store_true", help="print the server's whole reply (implies --no-stream)")
+    parser.set_defaults(run=complete)
+
+    parser = subparsers.add_parser("delete", parents=[common], help="delete a delta")
+    parser.add_argument("name", metavar="NAME")
+    parser.set_defaults(run=delete)
+
+
+def _reports_errors(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
+    @functools.wraps(command)
+    def run(args: argparse.Namespace) -> int:
+        try:
+            command(args)
+        except DeltaServeClientError as error:
+            message = str(error)
+        except OSError as error:
+            message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        else:
+            return 0
+        sys.stderr.write(f"error: {message}\n")
+        return 1
+
+    return run
+
+
+@_reports_errors
+def push(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    name = args.name or args.file.stem
+    with _client(args) as client, Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(name, total=None)
+        delta = client.upload(
+            name, args.file, progress=lambda sent, total: bar.update(task, completed=sent, total=total)
+        )
+    where = "" if args.url == _default_url() else f" --url {shlex.quote(args.url)}"
+    _write(
+        f"{delta.id} version {delta.version}: {delta.codec}, {delta.bits_per_parameter:.2f} bits per parameter, "
+        f"{_size(delta.disk_bytes)}\n"
+        f"next: deltaserve complete {shlex.quote(delta.id)} 'Hello'{where}\n"
+    )
+
+
+@_reports_errors
+def models(args: argparse.Namespace) -> None:
+    with _client(args) as client:
+        served = client.models()
+        deltas = {delta.id: delta for delta in client.deltas()}
+    if args.json:
+        rows = [{**model.raw, "delta": deltas[model.id].raw if model.id in deltas else None} for model in served]
+        _write(json.dumps(rows, indent=2) + "\n")
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("id", overflow="fold")
+    for heading in ("version", "codec", "bits/param", "disk", "resident", "state"):
+        table.add_column(heading, justify="left" if heading in ("codec", "state") else "right")
+    for model in served:
+        table.add_row(model.id, *_cells(model, deltas.get(model.id)))
+    Console(markup=False, emoji=False, highlight=False).print(table)
+
+
+@_reports_errors
+def complete(args: argparse.Namespace) -> None:
+    asked = {"max_tokens": args.max_tokens, "temperature": args.temperature}
+    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    messages = [{"role": "user", "content": args.prompt}]
+    with _client(args) as client:
+        if args.json or args.no_stream:
+            reply = (
+                client.chat(args.model, messages, **options)
+                if args.chat
+                else client.complete(args.model, args.prompt, **options)
+            )
+            _write((json.dumps(reply.raw, indent=2) if args.json else reply.text) + "\n")
+            return
+        pieces = (
+            client.stream_chat(args.model, messages, **options)
+            if args.chat
+            else client.stream(args.model, args.prompt, **options)
+        )
+        has_begun = False
+        try:
+            for piece in pieces:
+                _write(piece)
+                has_begun = True
+        finally:
+            if has_begun:
+                _write("\n")  # an error's line starts at the left edge too
+
+
+@_reports_errors
+def delete(args: argparse.Namespace) -> None:
+    with _client(args) as client:
+        client.delete(args.name)
+    _write(f"deleted {args.name}\n")
+
+
+def _client(args: argparse.Namespace) -> Client:
+    return Client(args.url, args.api_key)
+
+
+def _default_url() -> str:
+    return os.environ.get("DELTASERVE_URL") or DEFAULT_URL
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _cells(model: Model, delta: Delta | None) -> tuple[str, ...]:
+    if delta is None:
+        return ("", "base" if model.parent is None else "", "", "", "", "")
+    return (
+        str(delta.version),
+        delta.codec,
+        f"{delta.bits_per_parameter:.2f}",
+        _size(delta.disk_bytes),
+        _size(delta.resident_bytes),
+        delta.state,
+    )
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

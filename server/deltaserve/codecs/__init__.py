@@ -1,0 +1,1 @@
+"""Codecs: Δ ↔ terms of the algebra. Pure mathematics on one matrix; no files, slots, tenants or other codecs."""

@@ -1,0 +1,54 @@
+"""The way of an upload from bytes to a served version: checked whole, on the CPU, before a name points to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from deltaserve.deltas.artifact import Artifact
+from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.deltas.companions import load_tokenizer
+from deltaserve.deltas.store import DeltaStore, Record, Upload
+from deltaserve.deltas.validate import check_against_base, check_numbers
+
+Check = Callable[[Artifact], None]
+
+
+class Intake:
+    """`checks`: what the serving side asks of an artifact beyond the format (raises DeltaServeError)."""
+
+    def __init__(self, store: DeltaStore, base: Checkpoint, checks: list[Check], max_bytes: int) -> None:
+        self._store = store
+        self._base = base
+        self._checks = checks
+        self.max_bytes = max_bytes
+
+    def begin(self) -> Upload:
+        return self._store.begin_upload(self.max_bytes)
+
+    def accept(self, name: str, upload: Upload, expected_sha256: str | None) -> tuple[Record, bool]:
+        """A whole upload → (its record, is the name new). Raises whatever is wrong with it; then nothing is kept."""
+        digest = upload.finish(expected_sha256)
+        artifact = Artifact.open(upload.path)
+        self.check(artifact)
+        return self._store.commit(name, upload, digest, summary(artifact))
+
+    def check(self, artifact: Artifact) -> None:
+        check_against_base(artifact, self._base)
+        check_numbers(artifact)
+        for check in self._checks:
+            check(artifact)
+        if artifact.manifest.added_tokens or artifact.manifest.special_tokens:
+            load_tokenizer(self._base.directory, artifact.manifest)
+
+
+def summary(artifact: Artifact) -> dict[str, Any]:
+    """What a listing says of an artifact."""
+    manifest = artifact.manifest
+    return {
+        "codec": manifest.codec,
+        "disk_bytes": artifact.file.num_bytes,
+        "resident_bytes": artifact.resident_bytes,
+        "bits_per_parameter": round(artifact.bits_per_parameter, 6),
+        "base": manifest.base.fingerprint,
+    }

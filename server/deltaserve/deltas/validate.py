@@ -1,0 +1,186 @@
+"""Is an artifact sound, and is it a delta of this base? Run on the CPU before anything else sees its tensors.
+
+Every mismatch is listed, not only the first. Numbers are checked too: finite floats, row numbers in range and
+ascending. Codes need no check: every bit pattern of a code is a valid level, and a mask's columns are computed, not
+stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deltaserve.deltas.artifact import Artifact, term_shape
+from deltaserve.deltas.checkpoint import LM_HEAD, Checkpoint, non_finite
+from deltaserve.deltas.compress import is_embedding
+from deltaserve.deltas.manifest import CodedSpec, LayerSpec, LowRankSpec, OverrideSpec, TermSpec
+from deltaserve.deltas.tensorfile import DTYPE_NAMES, DTYPES
+from deltaserve.errors import ArtifactMismatch, ArtifactNotFinite, BaseMismatch
+
+SHOWN = 50
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+Expected = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]  # tensor name → shape, allowed types
+
+
+def check_against_base(artifact: Artifact, base: Checkpoint) -> None:
+    """Raises BaseMismatch, or ArtifactMismatch listing every wrong name, shape and type."""
+    manifest = artifact.manifest
+    if manifest.base.fingerprint != base.fingerprint:
+        raise BaseMismatch(
+            f"made against the base {manifest.base.name!r} with fingerprint {manifest.base.fingerprint}; "
+            f"this base is {base.name!r} with fingerprint {base.fingerprint}"
+        )
+    shapes = {name: entry.shape for name, entry in base.entries.items()}
+    if base.ties_lm_head and base.embedding_name:
+        shapes.setdefault(LM_HEAD, shapes[base.embedding_name])
+    problems, expected = _expected_tensors(artifact, shapes)
+    problems += _check_types(artifact, base) + _check_vocabulary(artifact, base, shapes)
+    entries = artifact.file.entries
+    for name, (shape, dtypes) in expected.items():
+        if name not in entries:
+            problems.append(f"{name}: missing")
+        elif entries[name].shape != shape:
+            problems.append(f"{name}: shape {entries[name].shape}, expected {shape}")
+        elif entries[name].dtype not in dtypes:
+            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            problems.append(f"{name}: type {str(entries[name].dtype).removeprefix('torch.')}, expected {allowed}")
+    problems += [f"{name}: the manifest does not mention it" for name in entries if name not in expected]
+    _raise_all(problems)
+
+
+def check_numbers(artifact: Artifact) -> None:
+    """Raises ArtifactNotFinite or ArtifactMismatch, naming every tensor at fault. Reads every float once."""
+    bad = [f"{name}: {what}" for name in artifact.file.entries if (what := non_finite(artifact.read(name)))]
+    if bad:
+        raise ArtifactNotFinite(f"{len(bad)} tensors hold numbers that are not finite:\n" + _listed(bad))
+    problems = []
+    for name, spec in artifact.manifest.overrides.items():
+        if spec.kind == "rows" and not _ascending(artifact.read(f"{name}#rows"), spec.shape[0]):
+            problems.append(f"{name}#rows: not ascending row numbers below {spec.shape[0]}")
+    _raise_all(problems)
+
+
+def _expected_tensors(artifact: Artifact, shapes: dict[str, tuple[int, ...]]) -> tuple[list[str], Expected]:
+    problems: list[str] = []
+    expected: Expected = {}
+    for name, layer in artifact.manifest.layers.items():
+        if name not in shapes:
+            problems.append(f"{name}: the base has no such tensor")
+            continue
+        if tuple(layer.shape) != shapes[name] or len(layer.shape) < 2:
+            problems.append(f"{name}: shape {tuple(layer.shape)}, base has {shapes[name]}")
+        if layer.dtype not in DTYPES:
+            problems.append(f"{name}: type {layer.dtype!r} is unknown")
+        for index, term in enumerate(layer.terms):
+            problems += _check_term(f"{name}#{index}", term, term_shape(layer), expected)
+    for name, override in artifact.manifest.overrides.items():
+        problems += _check_override(name, override, shapes.get(name), expected)
+        if name in artifact.manifest.layers:
+            problems.append(f"{name}: both compressed and overridden")
+    return problems, expected
+
+
+def _check_types(artifact: Artifact, base: Checkpoint) -> list[str]:
+    """A weight stays a weight: floating where the base's tensor is, and only floating tensors are compressed."""
+    problems = []
+    manifest = artifact.manifest
+    specs: list[tuple[str, LayerSpec | OverrideSpec]] = [*manifest.layers.items(), *manifest.overrides.items()]
+    for name, spec in specs:
+        if name in base.entries and spec.dtype in DTYPES:
+            ours, theirs = base.entries[name].dtype, DTYPES[spec.dtype]
+            if ours.is_floating_point != theirs.is_floating_point:
+                problems.append(f"{name}: type {spec.dtype}, base has {DTYPE_NAMES[ours]}")
+            elif isinstance(spec, LayerSpec) and not ours.is_floating_point:
+                problems.append(f"{name}: type {spec.dtype}, but only floating types are compressed")
+    return problems
+
+
+def _check_vocabulary(artifact: Artifact, base: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Every token has an embedding, the head has as many rows, and config.json says as many."""
+    manifest, embedding = artifact.manifest, base.embedding_name
+    if embedding is None:
+        return []
+
+    def rows(name: str) -> int:
+        spec = manifest.overrides.get(name)
+        return (spec.shape if spec and spec.shape else shapes[name])[0]
+
+    size = rows(embedding)
+    problems = [
+        f"added token {token.content!r}: id {token.id}, but {embedding} has {size} rows"
+        for token in manifest.added_tokens
+        if token.id >= size
+    ]
+    if (not base.ties_lm_head or LM_HEAD in manifest.overrides) and LM_HEAD in shapes and rows(LM_HEAD) != size:
+        problems.append(f"{LM_HEAD}: {rows(LM_HEAD)} rows, but {embedding} has {size}")
+    said = manifest.model_config_changes.get("vocab_size", size)
+    if said != size:
+        problems.append(f"vocab_size: {said}, but {embedding} has {size} rows")
+    return problems
+
+
+def _check_term(name: str, term: TermSpec, shape: tuple[int, int], expected: Expected) -> list[str]:
+    if isinstance(term, LowRankSpec):
+        rank = term.left.cols
+        expected[f"{name}.s"] = ((rank,), (torch.float32,))
+        problems = [] if rank <= min(shape) else [f"{name}: rank {rank} is over {min(shape)}"]
+        problems += _check_term(f"{name}.left", term.left, (shape[0], rank), expected)
+        return problems + _check_term(f"{name}.right", term.right, (rank, shape[1]), expected)
+    problems = []
+    if (term.rows, term.cols) != shape:
+        problems.append(f"{name}: term of shape {(term.rows, term.cols)}, its layer needs {shape}")
+    if (term.grid == "sign") != (term.bits == 1) or (term.grid == "float") != (term.bits >= 16):
+        problems.append(f"{name}: grid {term.grid!r} has no {term.bits}-bit codes")
+    expected[f"{name}.codes"] = _codes_layout(term)
+    if term.row is not None:
+        expected[f"{name}.row"] = (() if term.row == "tensor" else (term.rows, 1), FLOATS)
+    if term.col:
+        expected[f"{name}.col"] = ((term.cols,), FLOATS)
+    return problems
+
+
+def _codes_layout(term: CodedSpec) -> tuple[tuple[int, ...], tuple[torch.dtype, ...]]:
+    per_row = -(-term.cols // term.mask.group) if term.mask else term.cols
+    if term.bits == 32:
+        return (term.rows, per_row), (torch.float32,)
+    if term.bits == 16:
+        return (term.rows, per_row), (torch.float16, torch.bfloat16)
+    return (term.rows, -(-per_row * term.bits // 8)), (torch.uint8,)
+
+
+def _check_override(name: str, spec: OverrideSpec, base_shape: tuple[int, ...] | None, expected: Expected) -> list[str]:
+    if base_shape is None:
+        return [f"{name}: the base has no such tensor"]
+    if spec.dtype not in DTYPES:
+        return [f"{name}: type {spec.dtype!r} is unknown"]
+    shape, dtypes = tuple(spec.shape), (DTYPES[spec.dtype],)
+    grown = is_embedding(name) and len(shape) == 2 and shape[1:] == base_shape[1:] and shape[0] > base_shape[0]
+    if shape != base_shape and not grown:
+        return [f"{name}: shape {shape}, base has {base_shape}"]
+    if spec.kind == "replace":
+        expected[name] = (shape, dtypes)
+        return []
+    if len(shape) != 2:
+        return [f"{name}: only a matrix is overridden by rows, not {shape}"]
+    rows = spec.num_rows or 0
+    if rows < shape[0] - base_shape[0]:
+        return [f"{name}: {rows} rows stored, but {shape[0] - base_shape[0]} are new"]
+    expected[f"{name}#rows"] = ((rows,), (torch.int64,))
+    expected[f"{name}#values"] = ((rows, shape[1]), dtypes)
+    return []
+
+
+def _ascending(rows: Tensor, limit: int) -> bool:
+    if not len(rows):
+        return True
+    return bool(rows[0] >= 0) and bool(rows[-1] < limit) and bool((rows[1:] > rows[:-1]).all())
+
+
+def _raise_all(problems: list[str]) -> None:
+    if problems:
+        raise ArtifactMismatch(f"{len(problems)} mismatches:\n{_listed(problems)}")
+
+
+def _listed(problems: list[str]) -> str:
+    more = f"\n  … and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return "\n".join(f"  {problem}" for problem in problems[:SHOWN]) + more

@@ -1,0 +1,231 @@
+"""The thread that owns the device: plan → run → apply → emit, for as long as there is work.
+
+Requests come in through a bounded queue and are told of everything by events; each ends with exactly one event that has
+a finish reason, whatever happens: an answer, a cancellation, an error, or the end of the server.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from deltaserve.engine.runner import ChunkResult, Runner
+from deltaserve.engine.scheduler import Chunk, Scheduler
+from deltaserve.engine.types import Event, FinishReason, Request, TokenLogprob
+from deltaserve.errors import DeltaServeError, Draining, EngineFailure, NumericalError, QueueFull
+from deltaserve.ids import RequestId
+from deltaserve.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Thread-safe: submit, cancel, wake, stop. Everything else happens on its own thread."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, metrics: Metrics, *, max_num_queued: int) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._metrics = metrics
+        self._max_num_queued = max_num_queued
+        self._work = threading.Condition()
+        self._arrived: deque[Request] = deque()
+        self._cancelled: set[RequestId] = set()
+        self._num_live = 0
+        self._stopping = False
+        self._changed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return max(self._num_live - len(self._scheduler.running), 0)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """All of them or none. Raises QueueFull, Draining."""
+        with self._work:
+            if self._stopping or not self._thread.is_alive():
+                raise Draining("the server is shutting down")
+            if self.num_waiting + len(requests) > self._max_num_queued + self._scheduler.num_free_seats:
+                self._metrics.rejections.inc()
+                raise QueueFull(f"{self.num_waiting} requests are waiting and at most {self._max_num_queued} may")
+            self._num_live += len(requests)
+            self._arrived.extend(requests)
+            self._notify()
+
+    def cancel(self, request_id: RequestId) -> None:
+        """The request ends as cancelled, if it has not ended yet."""
+        with self._work:
+            self._cancelled.add(request_id)
+            self._notify()
+
+    def wake(self) -> None:
+        """Something outside changed that may let a waiting request run."""
+        with self._work:
+            self._notify()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Ends every request that is left with Draining, then the thread."""
+        with self._work:
+            self._stopping = True
+            self._notify()
+        self._thread.join(timeout_s)
+
+    def _notify(self) -> None:
+        self._changed = True
+        self._work.notify()
+
+    def _run(self) -> None:
+        stuck = False  # the last plan was empty: nothing to do until something changes
+        while True:
+            with self._work:
+                while not (self._stopping or self._changed or (len(self._scheduler) and not stuck)):
+                    self._work.wait()
+                self._changed = False
+                if self._stopping:
+                    break
+                self._take_in()
+            stuck = not self._step()
+        for request in [*self._scheduler, *self._arrived]:
+            self._end(request, FinishReason.ERROR, error=Draining("the server is shutting down"))
+
+    def _take_in(self) -> None:
+        while self._arrived:
+            self._scheduler.add(self._arrived.popleft())
+        if self._cancelled:
+            for request in [r for r in self._scheduler if r.id in self._cancelled]:
+                self._end(request, FinishReason.CANCELLED)
+            self._cancelled.clear()
+
+    def _step(self) -> bool:
+        """One step; False if there was nothing that could run."""
+        preempted = self._scheduler.num_preemptions
+        chunks, failed = self._scheduler.plan()
+        self._metrics.preemptions.inc(self._scheduler.num_preemptions - preempted)
+        for request, error in failed:
+            self._end(request, FinishReason.ERROR, error=error)
+        if not chunks:
+            return bool(failed)
+        began = time.monotonic()
+        try:
+            results = self._runner.run(chunks)
+        except Exception as error:
+            logger.exception("a step of %d requests failed", len(chunks))
+            for chunk in chunks:
+                failure = EngineFailure(f"the forward pass of this request's batch failed: {type(error).__name__}")
+                self._end(chunk.request, FinishReason.ERROR, error=failure)
+            return True
+        now = time.monotonic()
+        self._observe(chunks, began, now)
+        for chunk, result in zip(chunks, results, strict=True):
+            try:
+                self._apply(chunk, result, now)
+            except Exception:
+                logger.exception("request %s could not be continued", chunk.request.id)
+                failure = EngineFailure("this request's tokens could not be turned into text")
+                self._end(chunk.request, FinishReason.ERROR, error=failure)
+        return True
+
+    def _apply(self, chunk: Chunk, result: ChunkResult, now: float) -> None:
+        request, sampled = chunk.request, result.sampled
+        request.num_computed += chunk.num_tokens
+        request.prompt_reports += result.prompt_logprobs
+        if sampled is None:
+            return
+        prompt: tuple[TokenLogprob, ...] = ()
+        if request.params.prompt_logprobs and not request.num_generated:
+            prompt = (TokenLogprob(request.prompt_ids[0], None), *request.prompt_reports)
+        if not sampled.finite:
+            failure = NumericalError("the model's logits are not finite for this request; its delta may be damaged")
+            return self._end(request, FinishReason.ERROR, error=failure)
+        if request.params.max_tokens == 0:
+            return self._end(request, FinishReason.LENGTH, Event(prompt_logprobs=prompt))
+        token = sampled.token_id
+        request.tokens.append(token)
+        self._observe_token(request, now)
+        reports = (sampled.logprob,) if sampled.logprob else ()
+        reason, stop_reason, text = self._judge(request, token)
+        event = Event(text, (token,), reports, prompt, stop_reason=stop_reason)
+        if reason is None:
+            request.emit(event)
+        else:
+            self._end(request, reason, event)
+
+    def _judge(self, request: Request, token: int) -> tuple[FinishReason | None, int | str | None, str]:
+        """Does `token` end the answer? → (reason, what ended it, text that is certain now)"""
+        p = request.params
+        enough = request.num_generated >= p.min_tokens
+        if token in request.eos_ids and not p.ignore_eos and enough:
+            return FinishReason.STOP, None, request.sink.finish()
+        if token in p.stop_token_ids and enough:
+            return FinishReason.STOP, token, request.sink.finish()
+        text, matched = request.sink.push(token, enough)
+        if matched is not None:
+            return FinishReason.STOP, matched, text
+        if request.num_generated >= p.max_tokens:
+            return FinishReason.LENGTH, None, text + request.sink.finish()
+        return None, None, text
+
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        event: Event | None = None,
+        *,
+        error: DeltaServeError | None = None,
+    ) -> None:
+        """The one place where a request ends: resources back, one last event."""
+        if request.finished:
+            return
+        request.finished = True
+        self._scheduler.remove(request)
+        self._runner.generators.forget(request)
+        with self._work:
+            self._num_live -= 1
+        self._metrics.finished(reason.value)
+        now = time.monotonic()
+        self._metrics.e2e_latency.observe(now - request.arrival_s)
+        self._metrics.request_prompt_tokens.observe(len(request.prompt_ids))
+        self._metrics.request_generation_tokens.observe(request.num_generated)
+        last = event or Event()
+        request.emit(
+            Event(
+                last.text,
+                last.token_ids,
+                last.logprobs,
+                last.prompt_logprobs,
+                finish_reason=reason,
+                stop_reason=last.stop_reason,
+                error=error,
+            )
+        )
+
+    def _observe(self, chunks: Sequence[Chunk], began: float, now: float) -> None:
+        self._metrics.step_seconds.observe(now - began)
+        self._metrics.iteration_tokens.observe(sum(chunk.num_tokens for chunk in chunks))
+        for chunk in chunks:
+            request = chunk.request
+            self._metrics.prompt_tokens.inc(max(min(chunk.num_tokens, len(request.prompt_ids) - chunk.start), 0))
+            if request.first_scheduled_s is None:
+                request.first_scheduled_s = began
+                self._metrics.queue_time.observe(began - request.arrival_s)
+
+    def _observe_token(self, request: Request, now: float) -> None:
+        self._metrics.generation_tokens.inc()
+        if request.last_token_s is None:
+            self._metrics.time_to_first_token.observe(now - request.arrival_s)
+        else:
+            self._metrics.inter_token_latency.observe(now - request.last_token_s)
+        request.last_token_s = now

@@ -1,0 +1,126 @@
+"""The data that crosses the engine's seams. No torch here: the HTTP layer reads these."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from deltaserve.errors import DeltaServeError
+from deltaserve.ids import BASE_SLOT, DeltaDigest, RequestId, Slot
+
+MAX_LOGPROBS = 20
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one sequence is continued; ranges are checked at the edge (api.schemas)."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0
+    seed: int | None = None  # None = drawn anew
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    skip_special_tokens: bool = True
+    logprobs: int | None = None  # alternatives reported for each new token; None = no log-probabilities at all
+    prompt_logprobs: bool = False  # the same for the prompt's tokens
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """log-probability of one token under the unmodified logits, and the most likely ones beside it."""
+
+    token_id: int
+    logprob: float | None  # None: the first token of a prompt has none
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), descending
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a request hears. The last event has a finish reason; nothing follows it."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token or string that ended it
+    error: DeltaServeError | None = None
+
+
+class TextSink(Protocol):
+    """Turns one sequence's tokens into text and knows its stop strings (engine.text)."""
+
+    def push(self, token_id: int, may_stop: bool) -> tuple[str, str | None]:
+        """(text that is certain now, the stop string that was completed if one may be)"""
+        ...
+
+    def finish(self) -> str:
+        """The text that was held back."""
+        ...
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence on its way through the engine.
+
+    tokens = prompt + generated; [0, num_computed) of them are in the KV cache. Owned by the engine's thread after submit.
+    """
+
+    id: RequestId
+    digest: DeltaDigest | None  # None = the base
+    prompt_ids: Sequence[int]
+    params: SamplingParams
+    eos_ids: frozenset[int]
+    vocab_size: int
+    sink: TextSink
+    emit: Callable[[Event], None]
+    arrival_s: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    slot: Slot = BASE_SLOT
+    pinned: bool = False
+    first_scheduled_s: float | None = None
+    last_token_s: float | None = None
+    prompt_reports: list[TokenLogprob] = field(default_factory=list)
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.prompt_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that the KV cache lacks."""
+        return len(self.tokens) - self.num_computed
+
+
+class DeltaGate(Protocol):
+    """What the scheduler sees of residency."""
+
+    def try_pin(self, digest: DeltaDigest) -> Slot | None:
+        """The slot, pinned, or None while the delta is on its way or every slot is in use. Raises DeltaLoadFailed."""
+        ...
+
+    def unpin(self, slot: Slot) -> None: ...

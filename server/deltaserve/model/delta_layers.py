@@ -1,0 +1,166 @@
+"""The ONE place where kernels meet the model: layers of the base that add, for each row, the delta of the row's slot.
+
+    y[rows of slot] = x·W_baseᵀ + b + Σ_j x·Term_jᵀ          the base product once for all rows, whoever they belong to
+
+Rows of slot −1 take the base as it is; a step of base rows alone does nothing beyond the base. Overrides replace: a norm
+or bias by its tenant's tensor, rows of an embedding or head by the tenant's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from deltaserve_kernels.apply import apply_term
+from deltaserve_kernels.segments import Segment, Segments
+from torch import Tensor, nn
+
+from deltaserve.deltas.resident import ResidentDelta
+from deltaserve.model.step import StepContext
+
+
+class DeltaLinear(nn.Module):
+    """y = x·Wᵀ + b, and the terms of each run's delta. `name` is the module's, weight and bias its tensors'."""
+
+    def __init__(self, base: nn.Linear, name: str, context: StepContext) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.bias = base.bias
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self._weight_name, self._bias_name = f"{name}.weight", f"{name}.bias"
+        self._context = [context]  # in a list: the context is no sub-module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] with one row for each row of the step → [..., out]."""
+        y = F.linear(x, self.weight, self.bias)
+        step = self._context[0].current
+        if step.segments.runs:
+            rows, out = x.flatten(0, -2), y.flatten(0, -2)  # views
+            assert len(rows) == step.num_rows, f"{self._weight_name}: {len(rows)} rows in a step of {step.num_rows}"
+            for run in step.segments.runs:
+                self._add(rows[run.start : run.stop], out[run.start : run.stop], step.delta(run))
+        return y
+
+    def _add(self, x: Tensor, out: Tensor, delta: ResidentDelta) -> None:
+        for term in delta.layers.get(self._weight_name, ()):
+            out += apply_term(x, term)
+        if (override := delta.overrides.get(self._bias_name)) is not None:
+            bias = override.values.to(out.dtype)
+            out += bias if self.bias is None else bias - self.bias
+
+
+class DeltaHead(nn.Module):
+    """Logits of the rows that are asked for: the base's head, terms on it, and the tenant's own or added rows."""
+
+    def __init__(self, base: nn.Linear, name: str, embedding_name: str, tied: bool, context: StepContext) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.bias = base.bias
+        self._weight_name, self._bias_name = f"{name}.weight", f"{name}.bias"
+        self._embedding_name = f"{embedding_name}.weight"
+        self._tied = tied
+        self._context = [context]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [R, in], one row for each row of the step's head segments → [R, largest vocabulary], −inf past a row's."""
+        step = self._context[0].current
+        y = F.linear(x, self.weight, self.bias)
+        runs = [(run, step.delta(run)) for run in step.head_segments.runs]
+        widest = max([y.shape[1], *(self._vocabulary(delta) for _, delta in runs)])
+        if widest > y.shape[1]:
+            y = F.pad(y, (0, widest - y.shape[1]), value=-torch.inf)
+        for run, delta in runs:
+            self._change(x[run.start : run.stop], y[run.start : run.stop], delta)
+        return y
+
+    def _override_name(self, delta: ResidentDelta) -> str:
+        shared = self._tied and not delta.unties_head
+        return self._embedding_name if shared else self._weight_name
+
+    def _vocabulary(self, delta: ResidentDelta) -> int:
+        override = delta.overrides.get(self._override_name(delta))
+        return override.shape[0] if override else len(self.weight)
+
+    def _change(self, x: Tensor, y: Tensor, delta: ResidentDelta) -> None:
+        if (override := delta.overrides.get(self._override_name(delta))) is not None:
+            logits = F.linear(x, override.values.to(x.dtype))
+            if override.rows is None:
+                y[:, : override.shape[0]] = logits
+            else:
+                y[:, override.rows] = logits
+        for term in delta.layers.get(self._weight_name, ()):
+            y[:, : term.rows] += apply_term(x, term)
+
+
+class DeltaEmbedding(nn.Module):
+    """Rows of the base's embedding, or of the tenant's where it changed or added them."""
+
+    def __init__(self, base: nn.Embedding, name: str, context: StepContext) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.num_embeddings = base.num_embeddings
+        self.embedding_dim = base.embedding_dim
+        self._weight_name = f"{name}.weight"
+        self._context = [context]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [..., T] with one id for each row of the step → [..., T, size]."""
+        y = F.embedding(ids.clamp(max=self.num_embeddings - 1), self.weight)  # an added token exists in its delta alone
+        step = self._context[0].current
+        if step.segments.runs:
+            flat, out = ids.flatten(), y.flatten(0, -2)
+            assert len(flat) == step.num_rows, f"{self._weight_name}: {len(flat)} ids in a step of {step.num_rows}"
+            for run in step.segments.runs:
+                self._replace(flat[run.start : run.stop], out[run.start : run.stop], step.delta(run))
+        return y
+
+    def _replace(self, ids: Tensor, out: Tensor, delta: ResidentDelta) -> None:
+        if (override := delta.overrides.get(self._weight_name)) is None:
+            return
+        if override.rows is None:
+            out.copy_(F.embedding(ids, override.values))
+            return
+        place = torch.searchsorted(override.rows, ids).clamp(max=len(override.rows) - 1)
+        found = override.rows[place] == ids
+        out[found] = override.values[place[found]].to(out.dtype)
+
+
+class DeltaModule(nn.Module):
+    """Any other module with weights that works row by row, such as a norm: run again with the tenant's tensors."""
+
+    def __init__(self, base: nn.Module, name: str, context: StepContext) -> None:
+        super().__init__()
+        self.base = base
+        self._tensors = {f"{name}.{local}": local for local, _ in base.named_parameters(recurse=False)}
+        self._context = [context]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [1, T, …] or [T, …] with T the rows of the step."""
+        y: Tensor = self.base(x)
+        step = self._context[0].current
+        for run, delta in self._changed(step.segments, step.delta):
+            axis = 0 if x.shape[0] == step.num_rows and x.dim() == 2 else 1
+            assert x.shape[axis] == step.num_rows, f"{next(iter(self._tensors))}: rows {tuple(x.shape)}"
+            rows = (slice(None),) * axis + (slice(run.start, run.stop),)
+            y[rows] = self._with_tensors(delta, x[rows])
+        return y
+
+    def _changed(self, segments: Segments, delta_of) -> Iterator[tuple[Segment, ResidentDelta]]:  # type: ignore[no-untyped-def]
+        for run in segments.runs:
+            delta = delta_of(run)
+            if any(name in delta.overrides for name in self._tensors):
+                yield run, delta
+
+    def _with_tensors(self, delta: ResidentDelta, x: Tensor) -> Tensor:
+        """The base module's own arithmetic, with other weights for the time of one call."""
+        parameters = self.base._parameters
+        kept = dict(parameters)
+        try:
+            for name, local in self._tensors.items():
+                if (override := delta.overrides.get(name)) is not None:
+                    parameters[local] = override.values.to(x.dtype)  # type: ignore[assignment]
+            result: Tensor = self.base(x)
+            return result
+        finally:
+            parameters.update(kept)

@@ -1,0 +1,42 @@
+"""What one forward pass tells the layers. Built by the runner, read by every delta-aware layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from deltaserve_kernels.segments import Segment, Segments
+
+from deltaserve.deltas.resident import ResidentDelta
+from deltaserve.model.attention import AttentionBatch, KvCache
+
+
+@dataclass(frozen=True)
+class Step:
+    """Rows are sorted by slot. `deltas[slot]` is what the slot holds during this step."""
+
+    num_rows: int
+    segments: Segments  # of the rows
+    head_segments: Segments  # of the rows whose logits are asked for
+    deltas: Sequence[ResidentDelta | None]
+    attention: AttentionBatch
+
+    def delta(self, run: Segment) -> ResidentDelta:
+        """The delta of a run. Raises LookupError for an empty slot: never the base model instead."""
+        delta = self.deltas[run.slot]
+        if delta is None:
+            raise LookupError(f"slot {run.slot} is empty, and rows {run.start}…{run.stop} name it")
+        return delta
+
+
+@dataclass
+class StepContext:
+    """The one mutable thing that the layers share: the step that runs, and the KV cache."""
+
+    cache: KvCache
+    step: Step | None = field(default=None)
+
+    @property
+    def current(self) -> Step:
+        assert self.step is not None, "a layer was called outside a step"
+        return self.step

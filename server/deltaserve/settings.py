@@ -1,0 +1,67 @@
+"""Every knob of the server, in one frozen object. Built by `cli`, passed down; nothing else reads the environment.
+
+Precedence: command line, then DELTASERVE_* variables, then the defaults below. An unknown DELTASERVE_* variable is an
+error: a typo must not be ignored.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from deltaserve.errors import BadRequest
+
+PREFIX = "DELTASERVE_"
+OTHER_VARIABLES = {"DELTASERVE_URL", "DELTASERVE_CACHE_DIR"}  # read by the client, and by cache_dir
+
+
+def cache_dir() -> Path:
+    """Where converted and downloaded bases are kept: DELTASERVE_CACHE_DIR, else ~/.cache/deltaserve."""
+    named = os.environ.get("DELTASERVE_CACHE_DIR")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "deltaserve"
+
+
+class Settings(BaseSettings):
+    """Settings of `deltaserve serve`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    base: str = Field(description="base model: a directory, a hub id, or a .gguf file")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 = any free one")
+    store: Path = Field(Path("deltaserve-store"), description="directory of uploaded deltas")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="type of weights and KV")
+    served_model_name: str | None = Field(None, description="id of the base in requests (default: its file name)")
+    api_key: str | None = Field(None, description="bearer key that every route but /health then asks for", repr=False)
+    max_num_seqs: int = Field(32, ge=1, le=4096, description="requests that run at once")
+    max_num_batched_tokens: int = Field(1024, ge=16, le=2**20, description="tokens of one step, prompts included")
+    max_model_len: int | None = Field(None, ge=2, description="longest prompt + answer (default: the model's, ≤ 8192)")
+    max_num_queued_reqs: int = Field(256, ge=0, description="requests that wait; beyond it 429")
+    kv_cache_tokens: int | None = Field(None, ge=16, description="tokens the KV cache holds (default: 1/4 of memory)")
+    block_size: int = Field(16, ge=1, le=256, description="tokens of one KV block")
+    max_deltas: int = Field(32, ge=1, le=4096, description="deltas resident on the device")
+    max_cpu_deltas: int = Field(128, ge=1, description="deltas kept packed in host memory")
+    max_delta_bytes: int | None = Field(None, ge=1, description="bytes of deltas on the device (default: no bound)")
+    max_cpu_delta_bytes: int | None = Field(None, ge=1, description="bytes of deltas in host memory")
+    max_upload_bytes: int = Field(16 * 2**30, ge=1, description="largest artifact that is accepted")
+    shutdown_timeout_s: int = Field(30, ge=0, description="seconds that running requests get after SIGTERM")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of the model (default: torch's)")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged")
+
+    @classmethod
+    def build(cls, **given: Any) -> Settings:
+        """Settings from the command line's values (None = not given). Raises BadRequest naming every bad value."""
+        known = {f"{PREFIX}{name.upper()}" for name in cls.model_fields} | OTHER_VARIABLES
+        unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+        if unknown:
+            raise BadRequest(f"unknown environment variables: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        try:
+            return cls(**{name: value for name, value in given.items() if value is not None})
+        except ValidationError as error:
+            reasons = [f"{'.'.join(map(str, e['loc']))}: {e['input']!r}: {e['msg']}" for e in error.errors()]
+            raise BadRequest("; ".join(reasons)) from None

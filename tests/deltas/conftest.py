@@ -1,0 +1,100 @@
+"""Short ways to compress, restore and edit checkpoints."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from deltaserve.codecs.registry import Budget, make_codec
+from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.deltas.compress import compress
+from deltaserve.deltas.restore import restore
+from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import torch
+    from deltaserve.deltas.artifact import Artifact
+    from torch import Tensor
+
+
+@dataclass
+class Workshop:
+    """A folder of its own, and what every test does in it."""
+
+    folder: Path
+
+    def compress(
+        self, base: Path, finetuned: Path, codec: str = "bitdelta", name: str = "delta.safetensors", **budget: Any
+    ) -> Artifact:
+        options = budget.pop("options", None)
+        made = make_codec(codec, Budget(**budget), options)
+        return compress(Checkpoint.open(base), Checkpoint.open(finetuned), made, self.folder / name, seed=7)
+
+    def restore(self, base: Path, artifact: Artifact, dtype: torch.dtype | None = None) -> Path:
+        out = self.folder / "restored"
+        restore(Checkpoint.open(base), artifact, out, dtype=dtype)
+        return out
+
+    def copy_of(self, source: Path, name: str, **config: Any) -> Path:
+        """A copy of a checkpoint directory with fields of config.json changed; None removes a field."""
+        out = self.folder / name
+        out.mkdir()
+        for file in source.iterdir():
+            (out / file.name).write_bytes(file.read_bytes())
+        if config:
+            edit_json(out / "config.json", lambda fields: fields.update(config))
+        return out
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> Path:
+        path = self.folder / name
+        save_file(tensors, path)
+        return path
+
+
+def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def edit_tensors(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Rewrites model.safetensors of a checkpoint directory."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    (directory / "model.safetensors").unlink()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def split_file(raw: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a safetensors file."""
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def join_file(header: dict[str, Any], data: bytes) -> bytes:
+    encoded = json.dumps(header).encode()
+    return struct.pack("<Q", len(encoded)) + encoded + data
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    return Workshop(tmp_path)
+
+
+@pytest.fixture
+def files() -> Any:
+    """The functions above; a conftest cannot be imported under --import-mode=importlib."""
+
+    class Files:
+        json = staticmethod(edit_json)
+        tensors = staticmethod(edit_tensors)
+        split = staticmethod(split_file)
+        join = staticmethod(join_file)
+
+    return Files

@@ -1,0 +1,7 @@
+"""One thread: the matrices are tiny, and the machine is shared."""
+
+from __future__ import annotations
+
+import torch
+
+torch.set_num_threads(1)
