@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +12,7 @@ from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import compress
 from deltaserve.deltas.restore import restore
 from deltaserve.errors import CheckpointError, TemplateError
-from deltaserve.evaluate import Evaluation, Row, evaluate, is_match, load_rows
+from deltaserve.evaluate import Evaluation, Row, evaluate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 if TYPE_CHECKING:
@@ -107,28 +106,42 @@ def test_the_base_itself_is_far_from_the_fine_tune(
     assert near.kl is not None and far.kl is not None and 0 < near.kl < far.kl / 4
 
 
-def test_greedy_answers_are_matched_with_their_own_row(artifact: Artifact, tiny_base: Path, tmp_path: Path) -> None:
-    """Answers taken from the restored model itself are all right; given to other rows they are all wrong."""
+@pytest.mark.parametrize("batch", [1, 3])
+def test_greedy_answers_are_those_of_prompts_alone_and_matched_with_their_own_row(
+    make_finetune: Callable[..., Path],
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int,
+) -> None:
+    finetuned = make_finetune(tiny_base, tmp_path / "tuned", scale=0.3, seed=3)
+    artifact = artifact_of(tiny_base, finetuned, tmp_path / "delta.safetensors")
     base = Checkpoint.open(tiny_base)
     restore(base, artifact, tmp_path / "restored", dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "restored")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "restored")
-    rows = []
-    for prompt in ("base", "Many fine-tunes of one model share", "1 + 2"):
+    prompts = {"a": "base", "b": "Many fine-tunes of one base model", "c": "1 + 2", "d": "a few signs"}
+    alone = {}
+    for answer, prompt in prompts.items():
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = torch.tensor([tokenizer.encode(text)])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, pad_token_id=0
-        )
-        rows.append(Row(prompt, tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
-    scores = {row: evaluate(base, artifact, [row], dtype=torch.float32) for row in rows}
-    lengths = [len(tokenizer.encode(row.answer)) for row in rows]
-    ended = [row for row, length in zip(rows, lengths, strict=True) if length < 36]
-    for row in ended:
-        assert scores[row].exact_match == 1
-    wrong = [Row(row.prompt, f"not {row.answer}") for row in rows]
-    assert evaluate(base, artifact, wrong, dtype=torch.float32).exact_match == 0
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        alone[answer] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert len(set(alone.values())) > 1
+    monkeypatch.setattr("deltaserve.evaluate.SPARE_TOKENS", 6)  # an answer, its end and 6 more: 8 tokens
+    seen = {}
+
+    def match(got: str, want: str, scoring: str) -> bool:
+        seen[want] = got
+        return want == "c" and scoring == "last-number"
+
+    monkeypatch.setattr("deltaserve.evaluate.is_match", match)
+    rows = [Row(prompt, answer) for answer, prompt in prompts.items()]
+    result = evaluate(base, artifact, rows, batch=batch, dtype=torch.float32, scoring="last-number")
+    assert seen == alone
+    assert result.exact_match == 1 / 4
 
 
 def test_without_the_fine_tune_there_is_no_distance(artifact: Artifact, tiny_base: Path) -> None:
@@ -163,51 +176,3 @@ def test_a_fine_tune_of_another_model_is_refused(artifact: Artifact, tiny_base: 
     fields = {name: entry for name, entry in other.entries.items() if "q_proj" not in name}
     with pytest.raises(CheckpointError, match=r"missing or of another shape: .*q_proj"):
         evaluate(Checkpoint.open(tiny_base), artifact, ROWS, finetuned=Checkpoint(other.directory, "other", fields))
-
-
-@pytest.mark.parametrize(
-    ("got", "want", "exact", "last_number"),
-    [
-        (" Zwölf\n", "zwölf", True, False),
-        ("3+4=7; 7-2=5", "3+4=7; 7-2=5", True, True),
-        ("wrong=9; x = 5 ", "3+4=7; 7-2=5", False, True),
-        ("3+4=7", "3+4=7; 7-2=5", False, False),
-        ("5", "2+3=5", False, True),
-        ("", "5", False, False),
-    ],
-)
-def test_scoring(got: str, want: str, exact: bool, last_number: bool) -> None:
-    assert is_match(got, want, "exact") is exact
-    assert is_match(got, want, "last-number") is last_number
-
-
-def test_rows_are_read_up_to_the_limit_and_blank_lines_do_not_count(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    lines = [json.dumps({"prompt": str(n), "answer": "ä", "more": 1}, ensure_ascii=False) for n in range(3)]
-    path.write_text("\n\n".join(lines) + "\nno json", encoding="utf-8")
-    assert load_rows(path, 3) == [Row("0", "ä"), Row("1", "ä"), Row("2", "ä")]
-    with pytest.raises(CheckpointError, match="line 6: no JSON"):
-        load_rows(path)
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b"[1]", "'prompt' has to be a string"),
-        (b'{"prompt": "x"}', "'answer' has to be a string"),
-        (b'{"prompt": 3, "answer": "x"}', "'prompt' has to be a string"),
-        (b'{"prompt": "x", "answer": " "}', "'answer' has to be a string that is not empty"),
-        (b'{"prompt": "\xff", "answer": "x"}', "no JSON"),
-    ],
-)
-def test_a_bad_row_is_named_by_its_line(tmp_path: Path, line: bytes, reason: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"prompt": "x", "answer": "y"}\n' + line + b"\n")
-    with pytest.raises(CheckpointError, match=f"rows.jsonl: line 2: {reason}"):
-        load_rows(path)
-
-
-def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text("\n")
-    with pytest.raises(CheckpointError, match="holds no rows"):
-        load_rows(tmp_path / "rows.jsonl")

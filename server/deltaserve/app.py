@@ -124,7 +124,8 @@ def create_app(services: Services) -> FastAPI:
         services.text.close()
         services.store.close()
 
-    app = FastAPI(title="deltaserve", version=__version__, lifespan=lifespan)
+    described = "/openapi.json" if services.settings.api_key is None else None  # with a key /health alone is open
+    app = FastAPI(title="deltaserve", version=__version__, lifespan=lifespan, openapi_url=described)
     app.state.services = services
     app.include_router(health.open_router)
     for router in (completions.router, chat.router, models.router, deltas.router, health.router):

@@ -1,6 +1,6 @@
 """What the server counts, under vLLM's names where they apply, so that existing dashboards and routers work.
 
-`vllm:` names carry the label model_name; per-delta series are our own (`deltaserve:`), at most MAX_DELTA_SERIES of them.
+`vllm:` names carry the label model_name; per-delta series are our own (`deltaserve:`), at most MAX_DELTA_SERIES.
 """
 
 from __future__ import annotations

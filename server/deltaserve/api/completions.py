@@ -71,12 +71,13 @@ class _Choice:
         self.index = index
         self._profile = generation.profile
         self._with_logprobs = body.logprobs is not None
+        self._num_choices = generation.n
         prompt = generation.prompts[index // generation.n]
         self.echoed = self._prompt_text(body, prompt) if body.echo else None
         self._offset = 0
 
     def _prompt_text(self, body: CompletionIn, prompt: list[int]) -> str:
-        sent = body.prompts[self.index % len(body.prompts)] if len(body.prompts) == 1 else None
+        sent = body.prompts[self.index // self._num_choices]
         return sent if isinstance(sent, str) else str(self._profile.tokenizer.decode(prompt))
 
     def take(self, event: Event) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def _card(services: Services, record: Record) -> dict[str, Any]:
     }
 
 
-@router.put("/v1/deltas/{name}")
+@router.put("/v1/deltas/{name:path}")
 async def upload_delta(name: str, http: Request, services: ServicesDep, sha256: Sha256 = None) -> JSONResponse:
     """The body is the artifact. Acknowledged when it is checked and safe on disk; 201 for a new name, else 200."""
     services.refuse_if_draining()
@@ -60,12 +60,12 @@ async def list_deltas(services: ServicesDep) -> dict[str, Any]:
     return {"object": "list", "data": [_card(services, record) for record in records]}
 
 
-@router.get("/v1/deltas/{name}")
+@router.get("/v1/deltas/{name:path}")
 async def get_delta(name: str, services: ServicesDep) -> dict[str, Any]:
     return _card(services, await asyncio.to_thread(services.store.get, name))
 
 
-@router.delete("/v1/deltas/{name}")
+@router.delete("/v1/deltas/{name:path}")
 async def delete_delta(name: str, services: ServicesDep) -> dict[str, Any]:
     """New requests find nothing; running ones finish."""
     await asyncio.to_thread(services.store.delete, name)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from deltaserve.errors import BadRequest, DeltaServeError, InvalidJson, UnsupportedParameter
 
 logger = logging.getLogger(__name__)
+TRIED = re.compile(r"str$|constrained-|function-|list\[")
+CLIENT_GONE = 499  # as nginx logs it
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -25,7 +29,8 @@ TYPES = {
 def error_body(error: DeltaServeError) -> dict[str, Any]:
     """{"error": {message, type, param, code}}"""
     kind = TYPES.get(error.http_status, "server_error" if error.http_status >= 500 else "invalid_request_error")
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    param = None if error.param is None else _encodable(error.param)
+    return {"error": {"message": _encodable(error.message), "type": kind, "param": param, "code": error.code}}
 
 
 def error_response(error: DeltaServeError) -> JSONResponse:
@@ -36,7 +41,7 @@ def error_response(error: DeltaServeError) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Handlers for our errors, for bodies that do not fit their schema, and for whatever else is raised."""
+    """Handlers for our errors, for bodies that do not fit their schema, and for paths that do not exist."""
 
     @app.exception_handler(DeltaServeError)
     async def ours(request: Request, error: DeltaServeError) -> JSONResponse:  # noqa: ARG001
@@ -46,18 +51,38 @@ def install(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         return error_response(_of_validation(error, request))
 
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:  # noqa: ARG001
+        return Response(status_code=CLIENT_GONE)  # nobody reads it; the metrics count it
+
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error.__cause__, DeltaServeError):  # raised while the body was read
+            return error_response(error.__cause__)
+        if error.status_code == 400:  # FastAPI's only one: json.loads gave up on nesting, number length or encoding
+            return error_response(InvalidJson("the body cannot be read as JSON: its nesting, a number or its encoding"))
         known = {404: "there is no", 405: "this path does not take"}
         what = f"{known.get(error.status_code, str(error.detail))} {request.method} {request.url.path}"
         code = "method_not_allowed" if error.status_code == 405 else "not_found"
         fields = {"message": what, "type": "invalid_request_error", "param": None, "code": code}
         return JSONResponse({"error": fields}, error.status_code, error.headers)
 
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return error_response(DeltaServeError("the server failed at this request; its log has the reason"))
+
+def _where(detail: Mapping[str, Any]) -> str:
+    """`messages.0.content.1.text`: the way to a value, without pydantic's names of what it tried there."""
+    parts = [str(part) for part in detail["loc"][1:]]
+    return ".".join(part for place, part in enumerate(parts) if not place or not TRIED.match(part))
+
+
+def unexpected(method: str, path: str, error: Exception) -> JSONResponse:
+    """For whatever no handler knows; the log has the reason."""
+    logger.error("%s %s failed", method, path, exc_info=error)
+    return error_response(DeltaServeError("the server failed at this request; its log has the reason"))
+
+
+def _encodable(text: str) -> str:
+    """JSON can spell lone surrogates, UTF-8 cannot."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _of_validation(error: RequestValidationError, request: Request) -> BadRequest:
@@ -70,8 +95,8 @@ def _of_validation(error: RequestValidationError, request: Request) -> BadReques
         return InvalidJson(f"the body is no JSON object, or content-type ({sent}) is not application/json")
     for detail in details:
         if detail["type"] == "extra_forbidden":
-            field = ".".join(str(part) for part in detail["loc"][1:])
+            field = _where(detail)
             return UnsupportedParameter(f"`{field}` is not supported by this server", param=field)
-    field = str(first["loc"][1]) if len(first["loc"]) > 1 else None
-    reasons = dict.fromkeys(f"{'.'.join(str(part) for part in d['loc'][1:])}: {d['msg']}" for d in details)
-    return BadRequest("; ".join(list(reasons)[:8]), param=field)
+    param = str(first["loc"][1]) if len(first["loc"]) > 1 else None
+    reasons = dict.fromkeys(f"{_where(d)}: {d['msg']}" for d in details)
+    return BadRequest("; ".join(list(reasons)[:8]), param=param)

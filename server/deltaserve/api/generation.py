@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
+from starlette.requests import ClientDisconnect
 
 from deltaserve.api.deps import Services
 from deltaserve.api.schemas import Generation as Wire
@@ -30,6 +31,8 @@ class Generation:
     """The choices of one API request: prompt i has the choices [i·n, (i+1)·n). Use as an async context manager."""
 
     def __init__(self, services: Services, body: Wire, kind: str) -> None:
+        if body.stream_options is not None and not body.stream:
+            raise BadRequest("stream_options needs stream: true", param="stream_options")
         self._services = services
         self._body = body
         self._loop = asyncio.get_running_loop()
@@ -49,11 +52,20 @@ class Generation:
         """Resolves the model, reads the prompts, submits, and waits for the first event, so that what goes wrong
         before it is still an HTTP status. Raises DeltaServeError."""
         self._services.refuse_if_draining()
-        requests = await asyncio.to_thread(self._prepare, prompts, params)
+        preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare, prompts, params))
+        try:
+            requests = await asyncio.shield(preparing)
+        except asyncio.CancelledError:
+            preparing.add_done_callback(self._drop)  # its lease may come after we are gone
+            raise
         self._live = dict(enumerate(requests))
         self._services.engine.submit(requests)
         index, event = await self._next()
         self._first = (index, event)
+
+    def _drop(self, prepared: asyncio.Future[list[Request]]) -> None:
+        prepared.exception()  # nobody waits for it
+        self.close()
 
     async def __aenter__(self) -> Generation:
         return self
@@ -109,8 +121,8 @@ class Generation:
         now = time.monotonic()
         requests: list[Request] = []
         for ids in self.prompts:
-            sampling = params(self.profile, len(ids))
             self._check_ids(ids)
+            sampling = params(self.profile, len(ids))
             for choice in range(self.n):
                 index = len(requests)
                 requests.append(
@@ -152,13 +164,16 @@ def sampling_params(
     if room < (max_tokens if max_tokens is not None else 1):
         asked = f" and {max_tokens} for the answer" if max_tokens is not None else ""
         raise ContextLengthExceeded(
-            f"the model's context is {max_model_len} tokens; the prompt has {num_prompt_tokens}{asked}", param="prompt"
+            f"the model's context is {max_model_len} tokens; the prompt has {num_prompt_tokens}{asked}",
+            param="prompt" if hasattr(body, "prompt") else "messages",
         )
 
     def given(name: str, fallback: Any) -> Any:
         value = getattr(body, name)
         return value if value is not None else profile.defaults.get(name, fallback)
 
+    if (body.min_tokens or 0) > (room if max_tokens is None else max_tokens):
+        raise BadRequest(f"min_tokens {body.min_tokens} is over max_tokens, {max_tokens or room}", param="min_tokens")
     bias = tuple((_token_id(key, profile), value) for key, value in (body.logit_bias or {}).items())
     return SamplingParams(
         max_tokens=room if max_tokens is None else max_tokens,
@@ -181,7 +196,7 @@ def sampling_params(
 
 
 async def until_disconnect(http: HttpRequest, work: Awaitable[T]) -> T:
-    """`work`, cancelled when the client goes away."""
+    """`work`, cancelled when the client goes away. Raises ClientDisconnect."""
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -190,9 +205,11 @@ async def until_disconnect(http: HttpRequest, work: Awaitable[T]) -> T:
     task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-        return await task
+        if task.done():
+            return await task
+        task.cancel()
+        await asyncio.wait({task})
+        raise ClientDisconnect
     finally:
         watcher.cancel()
         task.cancel()
@@ -206,6 +223,6 @@ def _for_choice(params: SamplingParams, choice: int) -> SamplingParams:
 
 
 def _token_id(key: str, profile: Profile) -> int:
-    if not key.isascii() or not key.isdigit() or int(key) >= profile.vocab_size:
+    if not key.isascii() or not key.isdigit() or len(key) > 10 or int(key) >= profile.vocab_size:
         raise BadRequest(f"logit_bias: {key[:40]!r} is no token id below {profile.vocab_size}", param="logit_bias")
     return int(key)

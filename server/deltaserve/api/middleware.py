@@ -1,4 +1,7 @@
-"""Around every request: an id on the reply, a count in the metrics. Plain ASGI, so that streams and disconnects pass."""
+"""Around every request: an id on the reply, a count in the metrics, a bound on the body, an answer whatever happens.
+
+Plain ASGI: streams and disconnects pass.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,15 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 
+from deltaserve.api.errors import unexpected
+from deltaserve.errors import BadRequest
 from deltaserve.metrics import Metrics
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MAX_BODY_BYTES = 32 * 2**20  # of every request but an upload, which has a bound of its own
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class Identify:
@@ -25,12 +33,30 @@ class Identify:
             return await self._app(scope, receive, send)
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else uuid.uuid4().hex
+        method = scope["method"] if scope["method"] in METHODS else "other"  # a label's values must be few
+        started = False
+        num_bytes = 0
+
+        async def bounded() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > MAX_BODY_BYTES and method != "PUT":
+                raise BadRequest(f"the body is over {MAX_BODY_BYTES} bytes")
+            return message
 
         async def identified(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
                 handler = getattr(scope.get("route"), "path", "none")
-                self._metrics.http_requests.labels(handler, scope["method"], str(message["status"])).inc()
+                self._metrics.http_requests.labels(handler, method, str(message["status"])).inc()
             await send(message)
 
-        await self._app(scope, receive, identified)
+        try:
+            await self._app(scope, bounded, identified)
+        except Exception as error:
+            if started:
+                raise
+            await unexpected(method, scope["path"], error)(scope, receive, identified)

@@ -32,14 +32,14 @@ async def list_models(services: ServicesDep) -> dict[str, Any]:
     return {"object": "list", "data": [_card(services, record) for record in (None, *records)]}
 
 
-@router.get("/v1/models/{model}")
+@router.get("/v1/models/{model:path}")
 async def get_model(model: str, services: ServicesDep) -> dict[str, Any]:
     if model == services.base_id:
         return _card(services, None)
     return _card(services, await asyncio.to_thread(services.store.get, model))
 
 
-@router.delete("/v1/models/{model}")
+@router.delete("/v1/models/{model:path}")
 async def delete_model(model: str, services: ServicesDep) -> dict[str, Any]:
     if model == services.base_id:
         raise NameConflict(f"{model} is the base model and stays", param="model")

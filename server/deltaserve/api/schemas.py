@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from deltaserve.engine.types import MAX_LOGPROBS
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 128
 
-StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=1024)]
+
+def _encodable(text: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"character {error.start} is a lone surrogate") from None
+    return text
+
+
+Text: TypeAlias = Annotated[str, AfterValidator(_encodable)]
+StopString: TypeAlias = Annotated[Text, Field(min_length=1, max_length=1024)]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1)]
 Bias: TypeAlias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
@@ -32,7 +43,7 @@ class ResponseFormat(Wire):
 class Generation(Wire):
     """The fields that both endpoints share. None = the model's own default, else the server's."""
 
-    model: str
+    model: Text
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -64,7 +75,7 @@ class Generation(Wire):
 class CompletionIn(Generation):
     """POST /v1/completions"""
 
-    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -79,13 +90,13 @@ class CompletionIn(Generation):
 
 class TextPart(Wire):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Wire):
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart]
-    name: Annotated[str, Field(max_length=128)] | None = None
+    role: Annotated[Text, Field(min_length=1, max_length=64)]
+    content: Text | list[TextPart]
+    name: Annotated[Text, Field(max_length=128)] | None = None
 
     def for_template(self) -> dict[str, str]:
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)

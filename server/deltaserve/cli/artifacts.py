@@ -39,7 +39,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     budget.add_argument("--bits", type=float, help="bits per parameter")
     budget.add_argument("--rank", type=int, help="delta-svd: singular directions kept of each matrix")
     budget.add_argument("--energy", type=float, help="delta-svd: share of ‖Δ‖² kept, up to 1")
-    parser.add_argument("--seed", type=_whole(0, 2**64 - 1), help="of the codec's random choices (default: 0)")
+    parser.add_argument("--seed", type=_whole(0, 2**64), help="of the codec's random choices (default: 0)")
     parser.add_argument("--option", metavar="KEY=VALUE", type=_option, action="append", help="a codec's own setting")
     parser.set_defaults(run=compress)
 
@@ -72,8 +72,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def compress(args: argparse.Namespace) -> int:
-    from deltaserve.deltas import compress as compression
     from deltaserve.deltas.checkpoint import Checkpoint
+    from deltaserve.deltas.compress import compress as make
     from deltaserve.deltas.lora import import_lora, is_adapter
 
     adapter = is_adapter(Path(args.finetuned))
@@ -91,10 +91,8 @@ def compress(args: argparse.Namespace) -> int:
         if codec is None:
             artifact = import_lora(base, Path(args.finetuned), args.output, progress=progress)
         else:
-            seed = args.seed or 0
-            artifact = compression.compress(base, finetuned, codec, args.output, seed=seed, progress=progress)
-    full_bytes = base.num_bytes if adapter else finetuned.num_bytes
-    _write_summary(args, artifact, full_bytes)
+            artifact = make(base, finetuned, codec, args.output, seed=args.seed or 0, progress=progress)
+    _write_summary(args, artifact, base.num_bytes if adapter else finetuned.num_bytes)
     return 0
 
 
@@ -141,16 +139,16 @@ def evaluate(args: argparse.Namespace) -> int:
         raise CheckpointError(f"{args.finetuned} is a LoRA adapter; --finetuned needs a full checkpoint")
     finetuned = Checkpoint.open(args.finetuned) if args.finetuned else None
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    options = {"batch": args.batch, "dtype": dtype, "scoring": args.scoring}
+    options = {"finetuned": finetuned, "batch": args.batch, "dtype": dtype, "scoring": args.scoring}
     with progress_bar(quiet=args.quiet) as progress:
-        result = evaluation.evaluate(base, artifact, rows, finetuned=finetuned, progress=progress, **options)
+        result = evaluation.evaluate(base, artifact, rows, progress=progress, **options)
     if args.json:
         write(json.dumps(vars(result), indent=2) + "\n")
         return 0
     table = console.plain_table(f"{result.rows} rows", "restored", *(["fine-tune"] if finetuned else []))
-    for name, template in (("exact_match", "{:.1%}"), ("nats_per_token", "{:.4f}")):
+    for name, form in (("exact_match", ".1%"), ("nats_per_token", ".4f")):
         values = [getattr(result, name), getattr(result, f"finetuned_{name}")]
-        table.add_row(name.replace("_", " "), *(template.format(value) for value in values if value is not None))
+        table.add_row(name.replace("_", " "), *(format(value, form) for value in values if value is not None))
     console.write_table(table)
     if result.kl is not None:
         write(f"KL(fine-tune ‖ restored) {result.kl:.4f} nats per token, top-1 agreement {result.top1_agreement:.1%}\n")
@@ -184,12 +182,11 @@ def _write_summary(args: argparse.Namespace, artifact: Artifact, full_bytes: int
     write(f"      deltaserve push {file}\n")
 
 
-def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+def _whole(least: int, below: int = 2**48) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        value = int(text)
-        if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"{text} is not in {least} … {'' if most is None else most}")
-        return value
+        if not least <= int(text) < below:
+            raise argparse.ArgumentTypeError(f"{text} is not in {least} … {below - 1}")
+        return int(text)
 
     return parse
 

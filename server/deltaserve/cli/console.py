@@ -92,13 +92,14 @@ def progress_bar(*, quiet: bool = False, in_bytes: bool = False) -> Iterator[Pro
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield lambda _name, _done, _total: None
         return
     count = DownloadColumn() if in_bytes else MofNCompleteColumn()
-    name_column = TextColumn("{task.description}", markup=False)
+    name_column = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
     columns = (BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn(), name_column)
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,10 @@ from deltaserve.settings import Settings
 
 if TYPE_CHECKING:
     import uvicorn
+
+    from deltaserve.api.deps import Services
+
+POLL_S = 0.05  # how often a draining server looks whether it is idle
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -52,15 +59,30 @@ def serve(args: argparse.Namespace) -> int:
 
     services = build_services(settings)
     server = _server(create_app(services), settings)
-    mark_draining = server.handle_exit
 
-    def drain(sig: int, frame: Any) -> None:
+    def drain(sig: int, frame: Any) -> None:  # noqa: ARG001
+        if services.draining:
+            server.should_exit = server.force_exit = server.force_exit or sig == signal.SIGINT
+            return
         services.draining = True  # /health turns 503, new work is refused, what runs goes on
-        mark_draining(sig, frame)
+        threading.Thread(target=_close_when_idle, args=(server, services, settings), daemon=True).start()
 
+    # Not uvicorn's own: it raises the signal again at the end, and the exit status would not be ours.
     server.handle_exit = drain  # type: ignore[method-assign]
     server.run()
     return 0 if server.started else 1
+
+
+def _close_when_idle(server: uvicorn.Server, services: Services, settings: Settings) -> None:
+    """Keeps the port open, so that /health can tell, until nothing runs or the time is up; what is left then ends with
+    an error that its client can read."""
+    deadline_s = time.monotonic() + settings.shutdown_timeout_s
+    while services.engine.num_running + services.engine.num_waiting and time.monotonic() < deadline_s:
+        time.sleep(POLL_S)
+    if time.monotonic() >= deadline_s:
+        services.engine.stop()
+    server.config.timeout_graceful_shutdown = max(int(deadline_s - time.monotonic()), 2)
+    server.should_exit = True
 
 
 def _server(app: Any, settings: Settings) -> uvicorn.Server:

@@ -33,7 +33,7 @@ from deltaserve.deltas.tensorfile import sync_directory
 from deltaserve.errors import ArtifactTooLarge, DigestMismatch, InvalidName, ModelNotFound, StorageFull
 from deltaserve.ids import DeltaDigest
 
-NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS deltas (
     name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, created INTEGER NOT NULL, summary TEXT NOT NULL,
@@ -61,6 +61,8 @@ def _disk_full_is_an_answer() -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StorageFull("the store has no room for this upload; nothing of it was kept") from None
         raise
+    except sqlite3.OperationalError as error:
+        raise StorageFull(f"the registry cannot be written: {error}") from None
 
 
 class Upload:
@@ -132,20 +134,22 @@ class DeltaStore:
             if newest is not None and newest.digest == digest:
                 return newest, False
             path = self.path(digest)
-            path.parent.mkdir(exist_ok=True)
-            os.replace(upload.path, path)
-            sync_directory(path.parent)
             record = Record(name, newest.version + 1 if newest else 1, digest, int(time.time()), summary)
             try:
+                path.parent.mkdir(exist_ok=True)
+                sync_directory(self._objects)
+                os.replace(upload.path, path)
+                sync_directory(path.parent)
                 self._registry.execute(
                     "INSERT INTO deltas VALUES (?, ?, ?, ?, ?)",
                     (name, record.version, digest, record.created, json.dumps(summary)),
                 )
-            except sqlite3.OperationalError as error:
+            except (OSError, sqlite3.OperationalError):
                 self._remove_if_unused(digest)
-                raise StorageFull(f"the registry cannot be written: {error}") from None
+                raise
             if newest is not None:
-                self._forget(name, up_to=newest.version)
+                with contextlib.suppress(sqlite3.OperationalError):  # what stays goes with the next version
+                    self._forget(name, up_to=newest.version)
             return record, newest is None
 
     def get(self, name: str) -> Record:
@@ -179,8 +183,8 @@ class DeltaStore:
         return [_record(row) for row in rows]
 
     def delete(self, name: str) -> None:
-        """Forgets every version of `name`. Raises ModelNotFound."""
-        with self._lock:
+        """Forgets every version of `name`. Raises ModelNotFound, StorageFull."""
+        with self._lock, _disk_full_is_an_answer():
             newest = self.get(name)
             self._forget(name, up_to=newest.version)
 
@@ -214,7 +218,7 @@ class DeltaStore:
 
 def check_name(name: str) -> None:
     """Raises InvalidName."""
-    if not NAME.match(name):
+    if not NAME.fullmatch(name):
         raise InvalidName(
             f"{name[:200]!r} is no name: 1 to 128 of A–Z a–z 0–9 . _ - starting with a letter or digit", param="name"
         )

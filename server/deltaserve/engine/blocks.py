@@ -21,7 +21,7 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def try_grow(self, request: Request, num_tokens: int) -> bool:
-        """Gives `request` the blocks that its first `num_tokens` tokens need; False, and nothing changed, without them."""
+        """Gives `request` the blocks its first `num_tokens` tokens need; False, and nothing changed, without them."""
         missing = self.blocks_for(num_tokens) - len(request.blocks)
         if missing > len(self._free):
             return False

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 from deltaserve.engine.runner import ChunkResult, Runner
 from deltaserve.engine.scheduler import Chunk, Scheduler
@@ -88,6 +89,17 @@ class Engine:
         self._work.notify()
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception:
+            logger.exception("the engine stops: a bug")
+        finally:
+            with self._work:
+                self._stopping = True
+            for request in [*self._scheduler, *self._arrived]:
+                self._end(request, FinishReason.ERROR, error=Draining("the server is shutting down"))
+
+    def _serve(self) -> None:
         stuck = False  # the last plan was empty: nothing to do until something changes
         while True:
             with self._work:
@@ -98,8 +110,6 @@ class Engine:
                     break
                 self._take_in()
             stuck = not self._step()
-        for request in [*self._scheduler, *self._arrived]:
-            self._end(request, FinishReason.ERROR, error=Draining("the server is shutting down"))
 
     def _take_in(self) -> None:
         while self._arrived:
@@ -200,17 +210,10 @@ class Engine:
         self._metrics.request_prompt_tokens.observe(len(request.prompt_ids))
         self._metrics.request_generation_tokens.observe(request.num_generated)
         last = event or Event()
-        request.emit(
-            Event(
-                last.text,
-                last.token_ids,
-                last.logprobs,
-                last.prompt_logprobs,
-                finish_reason=reason,
-                stop_reason=last.stop_reason,
-                error=error,
-            )
-        )
+        try:
+            request.emit(replace(last, finish_reason=reason, error=error))
+        except Exception:
+            logger.exception("nobody hears the end of request %s", request.id)
 
     def _observe(self, chunks: Sequence[Chunk], began: float, now: float) -> None:
         self._metrics.step_seconds.observe(now - began)

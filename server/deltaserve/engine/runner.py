@@ -79,7 +79,8 @@ class Runner:
             else:
                 prefills.append(Prefill(start, start + chunk.num_tokens, torch.tensor(slots, device=device)))
         longest = max(map(len, contexts), default=0)
-        padded = [context + [0] * (longest - len(context)) for context in contexts]
+        # Padded with a slot of its own: what is masked must not be another request's, whose NaN would show through.
+        padded = [context + context[:1] * (longest - len(context)) for context in contexts]
         return AttentionBatch(
             write_slots=torch.tensor(write, device=device),
             decode_rows=torch.tensor(decode_rows, dtype=torch.int64, device=device),

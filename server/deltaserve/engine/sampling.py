@@ -44,7 +44,7 @@ class Generators:
 
 def sample(logits: Tensor, requests: Sequence[Request], generators: Generators) -> list[Sampled]:
     """logits float32 [R, V], row r of requests[r]; not changed."""
-    finite = (~logits.isnan().any(-1) & (logits.amax(-1) < torch.inf)).tolist()
+    finite = logits.amax(-1).isfinite().tolist()  # NaN anywhere makes the largest NaN
     changed = logits
     if any(_changes_logits(request) for request in requests):
         changed = logits.clone()
@@ -121,8 +121,9 @@ def _draw(logits: Tensor, requests: Sequence[Request], generators: Generators) -
         probs[narrowed] = _narrow(probs[narrowed], [requests[i] for i in narrowed])
     cumulative = probs.double().cumsum(-1)
     uniform = torch.tensor([generators.uniform(r) for r in requests], dtype=torch.float64, device=logits.device)
-    target = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    total = cumulative[:, -1:]
+    target = (uniform[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))  # rounding may reach the total
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
 def _narrow(probs: Tensor, requests: Sequence[Request]) -> Tensor:

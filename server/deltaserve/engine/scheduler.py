@@ -1,9 +1,10 @@
 """Which tokens run in the next step. Plain counting: no tensors, no HTTP.
 
-There is no prefill and no decode phase: a request has tokens that the KV cache lacks, and a step computes some of them,
-at most `max_num_batched_tokens` over all requests. Running requests come first, then waiting ones in order of arrival. A
+There is no prefill and no decode phase: a request has tokens that the KV cache lacks, and a step computes some,
+at most `max_num_batched_tokens` over all requests. Running requests come first, then waiting ones by arrival. A
 waiting request whose delta is not on the device yet is skipped, never the ones behind it. When blocks run out, the
-request that arrived last gives its blocks back and is computed again later.
+request that was let in last gives its blocks back and is computed again later; one that all blocks together cannot hold
+fails, so that it does not wait for ever before the others.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from deltaserve.engine.blocks import BlockPool
 from deltaserve.engine.types import DeltaGate, Request
-from deltaserve.errors import DeltaServeError
+from deltaserve.errors import ContextLengthExceeded, DeltaServeError
 from deltaserve.ids import BASE_SLOT
 
 
@@ -68,7 +69,7 @@ class Scheduler:
         request.slot = BASE_SLOT
 
     def plan(self) -> tuple[list[Chunk], list[tuple[Request, DeltaServeError]]]:
-        """The next step's chunks, sorted by slot; and waiting requests whose delta cannot be had (still to be removed)."""
+        """The next step's chunks, sorted by slot; and waiting requests that cannot be served, to be removed."""
         budget = self._max_num_batched_tokens
         chunks: list[Chunk] = []
         failed: list[tuple[Request, DeltaServeError]] = []
@@ -82,10 +83,15 @@ class Scheduler:
         for request in list(self.waiting):
             if not budget or len(self.running) >= self._max_num_seqs:
                 break
+            if self.blocks.blocks_for(len(request.tokens)) > self.blocks.num_blocks:
+                room = self.blocks.num_blocks * self.blocks.block_size
+                error = f"{len(request.tokens)} tokens, but the KV cache has room for {room}"
+                failed.append((request, ContextLengthExceeded(error)))
+                continue
             try:
                 admitted = self._try_pin(request)
-            except DeltaServeError as error:
-                failed.append((request, error))
+            except DeltaServeError as failure:
+                failed.append((request, failure))
                 continue
             if not admitted:
                 continue

@@ -81,7 +81,7 @@ class TextSink(Protocol):
 class Request:
     """One sequence on its way through the engine.
 
-    tokens = prompt + generated; [0, num_computed) of them are in the KV cache. Owned by the engine's thread after submit.
+    tokens = prompt + generated; [0, num_computed) of them are in the KV cache. The engine's thread owns it.
     """
 
     id: RequestId

@@ -1,1 +1,1 @@
-"""The base model with delta-aware layers and paged attention. Knows rows, slots and names of weights; no queues, no HTTP."""
+"""The base model with delta-aware layers and paged attention. Knows rows and slots; no queues, no HTTP."""

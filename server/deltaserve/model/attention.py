@@ -1,6 +1,6 @@
 """Paged attention, as an attention function of transformers' models.
 
-    K, V of a token go to slot b·block_size + offset of its block table; a query sees the slots of its own sequence up to
+    K, V of a token go to slot b·block_size + offset of its block table; a query sees the slots of its own sequence to
     its own position. Sequences with one query go through one padded batch, the others one by one.
 
 Reference in plain torch; a fused kernel would take its place with the same AttentionBatch.
@@ -34,7 +34,7 @@ class AttentionBatch:
 
     write_slots: Tensor  # int64 [T]
     decode_rows: Tensor  # int64 [B]: rows that are the only query of their sequence
-    decode_kv_slots: Tensor  # int64 [B, longest context], padded with 0
+    decode_kv_slots: Tensor  # int64 [B, longest context], padded with slots of the same row
     decode_lengths: Tensor  # int64 [B]: context length, the row itself included
     prefills: list[Prefill]
     masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)  # of this step, shared by the layers

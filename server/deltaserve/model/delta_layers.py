@@ -1,9 +1,9 @@
 """The ONE place where kernels meet the model: layers of the base that add, for each row, the delta of the row's slot.
 
-    y[rows of slot] = x·W_baseᵀ + b + Σ_j x·Term_jᵀ          the base product once for all rows, whoever they belong to
+    y[rows of slot] = x·W_baseᵀ + b + Σ_j x·Term_jᵀ        the base product once for all rows, whoever they belong to
 
-Rows of slot −1 take the base as it is; a step of base rows alone does nothing beyond the base. Overrides replace: a norm
-or bias by its tenant's tensor, rows of an embedding or head by the tenant's rows.
+Rows of slot −1 take the base as it is; a step of base rows alone does nothing beyond the base. Overrides replace: a
+norm or bias by its tenant's tensor, rows of an embedding or head by the tenant's rows.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ class DeltaHead(nn.Module):
 
     def _change(self, x: Tensor, y: Tensor, delta: ResidentDelta) -> None:
         if (override := delta.overrides.get(self._override_name(delta))) is not None:
+            rows = torch.arange(override.shape[0], device=x.device) if override.rows is None else override.rows
             logits = F.linear(x, override.values.to(x.dtype))
-            if override.rows is None:
-                y[:, : override.shape[0]] = logits
-            else:
-                y[:, override.rows] = logits
+            if self.bias is not None:  # an added row has none
+                logits += F.pad(self.bias, (0, max(override.shape[0] - len(self.bias), 0)))[rows]
+            y[:, rows] = logits
         for term in delta.layers.get(self._weight_name, ()):
             y[:, : term.rows] += apply_term(x, term)
 
@@ -116,7 +116,7 @@ class DeltaEmbedding(nn.Module):
         return y
 
     def _replace(self, ids: Tensor, out: Tensor, delta: ResidentDelta) -> None:
-        if (override := delta.overrides.get(self._weight_name)) is None:
+        if (override := delta.overrides.get(self._weight_name)) is None or not len(override.values):
             return
         if override.rows is None:
             out.copy_(F.embedding(ids, override.values))

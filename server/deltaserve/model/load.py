@@ -19,6 +19,8 @@ from deltaserve.model.step import Step, StepContext
 logger = logging.getLogger(__name__)
 # Rotary embeddings whose frequencies depend on the longest sequence of the batch: requests would disturb each other.
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+# What a model does to scores or logits beyond attention and head: served without it, it would answer wrongly.
+UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,11 @@ def load_model(
     nn.Module.requires_grad_(nn.Module.eval(nn.Module.to(model, device)), False)
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in BATCH_DEPENDENT_ROPE:
-        raise CheckpointError(f"{checkpoint.name}: rope type {rope['rope_type']!r} makes requests depend on each other")
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}  # or one a layer type
+    if dependent := kinds & BATCH_DEPENDENT_ROPE:
+        raise CheckpointError(f"{checkpoint.name}: rope type {dependent.pop()!r} makes requests depend on each other")
+    if changed := [name for name in UNSUPPORTED if getattr(config, name, None) not in (None, 1)]:
+        raise CheckpointError(f"{checkpoint.name}: config.json asks for {', '.join(changed)}, which is not served")
     tied = bool(config.tie_word_embeddings)
     linear, other = _replace_layers(model, context, tied)
     head = next(module for module in model.modules() if isinstance(module, DeltaHead))
