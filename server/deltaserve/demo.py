@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaserve_client import Client
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -22,6 +21,7 @@ from rich.text import Text
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.demo_base import demo_base
 from deltaserve.errors import CheckpointError, EngineFailure
+from deltaserve_client import Client
 
 BASE_NAME = "base"
 TENANTS = ("numwords", "chain", "debsec")  # numbers in words · word problems · sections of Debian packages
@@ -86,11 +86,19 @@ def running_server(base: Path, directory: Path, *options: str) -> Iterator[str]:
     """The real command in a process of its own, on a free port; → its URL. Stopped by SIGTERM at the end."""
     log = directory / "server.log"
     command = [sys.executable, "-m", "deltaserve", "serve", str(base), "--port", "0"]
-    command += ["--served-model-name", BASE_NAME, "--store", str(directory / "store"), "--max-model-len", "2048", *options]
+    command += [
+        "--served-model-name",
+        BASE_NAME,
+        "--store",
+        str(directory / "store"),
+        "--max-model-len",
+        "2048",
+        *options,
+    ]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
-        yield _url(process, log)
+        yield server_url(process, log)
     finally:
         process.terminate()
         try:
@@ -99,7 +107,8 @@ def running_server(base: Path, directory: Path, *options: str) -> Iterator[str]:
             process.kill()
 
 
-def _url(process: subprocess.Popen[bytes], log: Path) -> str:
+def server_url(process: subprocess.Popen[bytes], log: Path) -> str:
+    """The URL that the server's log names once it listens. Raises EngineFailure with the log's end if it does not."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -11,9 +11,11 @@ import openai
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import common
 import transformers
+
 from deltaserve.deltas.companions import load_tokenizer
+
+import common
 
 MAX_TOKENS = 64
 CONCURRENCY = 24

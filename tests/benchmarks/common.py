@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.restore import restored_tensor

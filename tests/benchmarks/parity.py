@@ -14,8 +14,9 @@ import openai
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import common
 from deltaserve.deltas.companions import load_tokenizer
+
+import common
 
 MAX_TOKENS = 32
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import common
 import torch
+
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.resident import ResidentDelta
 from deltaserve.engine.blocks import BlockPool
@@ -20,6 +20,8 @@ from deltaserve.engine.types import Request, SamplingParams
 from deltaserve.ids import DeltaDigest, RequestId, Slot
 from deltaserve.model import delta_layers
 from deltaserve.model.load import load_model
+
+import common
 
 CONTEXT, STEPS, BLOCK = 64, 30, 16
 

@@ -19,8 +19,9 @@ import openai
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import common
 from deltaserve.deltas.companions import load_tokenizer
+
+import common
 from step_profile import profile_decode
 
 REQUESTS, TOKENS = 16, 64

@@ -42,7 +42,9 @@ def make(tasks: list[str], work: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", choices=[[], *CODECS], default=list(CODECS), metavar="TASK")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(CODECS)} (default: all)")
     parser.add_argument("--work", type=Path, default=Path("sample-finetunes"), help="where the fine-tunes are kept")
     given = parser.parse_args()
+    if unknown := set(given.tasks) - set(CODECS):
+        parser.error(f"no such task: {', '.join(sorted(unknown))}")
     make(given.tasks or list(CODECS), given.work)

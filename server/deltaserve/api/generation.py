@@ -7,6 +7,7 @@ does not resolve is an error; nothing ever falls back to the base.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -148,10 +149,8 @@ class Generation:
 
     def _emitter(self, index: int) -> Callable[[Event], None]:
         def emit(event: Event) -> None:
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
-            except RuntimeError:
-                pass  # the loop is closed: nobody listens any more
 
         return emit
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from deltaserve_kernels.terms import Term
 from torch import Tensor
+
+from deltaserve_kernels.terms import Term
 
 
 @dataclass(frozen=True)

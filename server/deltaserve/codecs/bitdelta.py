@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from deltaserve_kernels import layout
-from deltaserve_kernels.philox import random_words
-from deltaserve_kernels.terms import Coded, Term
 from torch import Tensor
 
 from deltaserve.codecs.base import Site
 from deltaserve.errors import CodecError
+from deltaserve_kernels import layout
+from deltaserve_kernels.philox import random_words
+from deltaserve_kernels.terms import Coded, Term
 
 Axis = Literal["tensor", "row", "col"]
 Estimator = Literal["unbiased", "paper"]

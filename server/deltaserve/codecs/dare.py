@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from deltaserve_kernels import layout
-from deltaserve_kernels.terms import Coded, SeededMask, Term
 from torch import Tensor
 
 from deltaserve.codecs.base import Site
 from deltaserve.errors import CodecError
+from deltaserve_kernels import layout
+from deltaserve_kernels.terms import Coded, SeededMask, Term
 
 MAX_GROUP = 4096
 

@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from deltaserve_kernels.terms import Coded, LowRank, Term
 from torch import Tensor
 
 from deltaserve.codecs.base import Site
 from deltaserve.errors import CodecError
+from deltaserve_kernels.terms import Coded, LowRank, Term
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from deltaserve_kernels.terms import Coded, LowRank, SeededMask, Term, site_number
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from deltaserve.deltas.manifest import (
 )
 from deltaserve.deltas.tensorfile import TensorFile
 from deltaserve.errors import ArtifactError
+from deltaserve_kernels.terms import Coded, LowRank, SeededMask, Term, site_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from deltaserve_kernels.terms import site_number
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from deltaserve.deltas.companions import changed_companions
 from deltaserve.deltas.manifest import METADATA_KEY, BaseSpec, ErrorSpec, LayerSpec, Manifest, OverrideSpec
 from deltaserve.deltas.tensorfile import DTYPE_NAMES, TensorFileWriter, atomic_file
 from deltaserve.errors import CheckpointError
+from deltaserve_kernels.terms import site_number
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,6 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import torch
-from deltaserve_kernels.terms import Coded, LowRank
 from torch import Tensor
 
 from deltaserve.deltas.artifact import Artifact, Override, override_spec, override_tensors, term_spec, term_tensors
@@ -23,6 +22,7 @@ from deltaserve.deltas.manifest import LayerSpec, OverrideSpec
 from deltaserve.deltas.tensorfile import DTYPE_NAMES, TensorFileWriter
 from deltaserve.deltas.validate import FLOATS
 from deltaserve.errors import CheckpointError
+from deltaserve_kernels.terms import Coded, LowRank
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from deltaserve_kernels.terms import Term
 
 from deltaserve.deltas.artifact import Artifact, Override
+from deltaserve_kernels.terms import Term
 
 
 @dataclass(frozen=True)

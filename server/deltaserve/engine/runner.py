@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from deltaserve_kernels.segments import Segments
 
 from deltaserve.deltas.resident import ResidentDelta
 from deltaserve.engine.sampling import Generators, Sampled, sample, token_logprobs
@@ -15,6 +14,7 @@ from deltaserve.engine.types import Request, TokenLogprob
 from deltaserve.model.attention import AttentionBatch, Prefill
 from deltaserve.model.load import ServedModel
 from deltaserve.model.step import Step
+from deltaserve_kernels.segments import Segments
 
 
 @dataclass(frozen=True)

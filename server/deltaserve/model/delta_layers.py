@@ -12,12 +12,12 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from deltaserve_kernels.apply import apply_term
-from deltaserve_kernels.segments import Segment, Segments
 from torch import Tensor, nn
 
 from deltaserve.deltas.resident import ResidentDelta
 from deltaserve.model.step import StepContext
+from deltaserve_kernels.apply import apply_term
+from deltaserve_kernels.segments import Segment, Segments
 
 
 class DeltaLinear(nn.Module):

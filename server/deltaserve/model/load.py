@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from deltaserve.model.delta_layers import DeltaEmbedding, DeltaHead, DeltaLinear
 from deltaserve.model.step import Step, StepContext
 
 logger = logging.getLogger(__name__)
+_serial = itertools.count()
 # Rotary embeddings whose frequencies depend on the longest sequence of the batch: requests would disturb each other.
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 # What a model does to scores or logits beyond attention and head: served without it, it would answer wrongly.
@@ -70,10 +72,11 @@ def load_model(
 ) -> ServedModel:
     """Raises CheckpointError for what is no decoder-only model that can be served exactly."""
     context = StepContext(KvCache(kv_slots))
-    AttentionInterface.register(NAME, make_attention(context))
+    attention = f"{NAME}_{next(_serial)}"  # transformers' table of them is global, the cache is this model's
+    AttentionInterface.register(attention, make_attention(context))
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory, dtype=dtype or "auto", attn_implementation=NAME
+            checkpoint.directory, dtype=dtype or "auto", attn_implementation=attention
         )
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"{checkpoint.directory}: does not load as a decoder-only model: {error}") from None

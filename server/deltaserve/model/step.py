@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deltaserve_kernels.segments import Segment, Segments
-
 from deltaserve.deltas.resident import ResidentDelta
 from deltaserve.model.attention import AttentionBatch, KvCache
+from deltaserve_kernels.segments import Segment, Segments
 
 
 @dataclass(frozen=True)
