@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
     from types import ModuleType
 
 
@@ -66,3 +69,145 @@ def tiny_finetune(
         generation={"temperature": 0.5, "top_p": 0.9, "do_sample": True},
         eos="<|end_of_turn|>",
     )
+
+
+@dataclass
+class Tenant:
+    """One model of the server: its upload (None for the base), and the same weights in transformers."""
+
+    name: str
+    artifact: bytes | None = field(repr=False)
+    directory: Path
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.directory)
+
+    @cached_property
+    def model(self) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        model = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32).eval()
+        model.generation_config = GenerationConfig()
+        return model
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        """float32 [len(ids), V]"""
+        import torch
+
+        with torch.no_grad():
+            return self.model(torch.tensor([list(ids)])).logits[0].float()
+
+    def greedy(self, ids: Sequence[int], max_new_tokens: int) -> tuple[str, list[int]]:
+        """transformers.generate: (text that the new tokens add, the new tokens)"""
+        import torch
+        from transformers import GenerationConfig
+
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self.tokenizer.eos_token_id, pad_token_id=0
+        )
+        prompt = torch.tensor([list(ids)])
+        out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)[0].tolist()
+        return self.text(ids, out[len(ids) :]), out[len(ids) :]
+
+    def text(self, ids: Sequence[int], new: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        before, after = (
+            self.tokenizer.decode(part, skip_special_tokens=skip_special_tokens) for part in (ids, [*ids, *new])
+        )
+        return str(after[len(before) :])
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text).input_ids)
+
+
+@pytest.fixture(scope="session")
+def make_tenant(
+    tiny_base: Path, make_finetune: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Tenant]:
+    """make_tenant(name, codec, options, finetuned=DIRECTORY or None, **of make_finetune)"""
+    import torch
+
+    from deltaserve.codecs.registry import make_codec
+    from deltaserve.deltas.checkpoint import Checkpoint
+    from deltaserve.deltas.compress import compress
+    from deltaserve.deltas.restore import restore
+
+    def make(name: str, codec: str, options: Any = None, finetuned: Path | None = None, **changes: Any) -> Tenant:
+        folder = tmp_path_factory.mktemp(name)
+        if finetuned is None:
+            finetuned = make_finetune(tiny_base, folder / "tuned", **{"scale": 0.05, "seed": 1, **changes})
+        base = Checkpoint.open(tiny_base)
+        out = folder / "delta.safetensors"
+        artifact = compress(base, Checkpoint.open(finetuned), make_codec(codec, None, options), out, seed=7)
+        restore(base, artifact, folder / "restored", dtype=torch.float32)
+        return Tenant(name, out.read_bytes(), folder / "restored")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def process() -> ModuleType:
+    """tests/support/server.py: `ServerProcess`, `wait_until`."""
+    return _support("server")
+
+
+@pytest.fixture(scope="session")
+def tenants(make_tenant: Callable[..., Tenant], tiny_base: Path, tiny_finetune: Path) -> dict[str, Tenant]:
+    """The base and one tenant of each kind, by name. lowrank: generation defaults. chatty: tokens, template, eos."""
+    defaults = {"top_k": 1, "do_sample": True, "max_new_tokens": 7}
+    made = [
+        Tenant("tiny", None, tiny_base),
+        make_tenant("sign", "bitdelta", seed=1),
+        make_tenant("sparse", "dare", {"group": 4}, seed=2),
+        make_tenant("lowrank", "delta-svd", {"rank": 8}, seed=3, generation=defaults),
+        make_tenant("chatty", "bitdelta", finetuned=tiny_finetune),
+    ]
+    return {tenant.name: tenant for tenant in made}
+
+
+@pytest.fixture(scope="session")
+def server(
+    process: ModuleType, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Any]:
+    """One server for all tests that leave it as they find it, with every tenant of `tenants` uploaded."""
+    running = process.ServerProcess(tiny_base, tmp_path_factory.mktemp("server") / "store")
+    try:
+        tenants: dict[str, Tenant] = request.getfixturevalue("tenants")  # made while the server starts
+        running.wait_ready()
+        for tenant in tenants.values():
+            if tenant.artifact is not None:
+                assert running.upload(tenant.name, tenant.artifact).status_code == 201
+        yield running
+        assert running.stop() == 0, running.printed
+        assert "Traceback" not in running.printed, running.printed
+    finally:
+        running.close()
+
+
+@pytest.fixture
+def start_server(process: ModuleType, tiny_base: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """start_server(*flags, api_key=None): a process of the test's own; all of one test share one store."""
+    started = []
+
+    def start(*flags: str, api_key: str | None = None) -> Any:
+        running = process.ServerProcess(tiny_base, tmp_path / "store", *flags, api_key=api_key)
+        started.append(running)
+        return running.wait_ready()
+
+    yield start
+    for running in started:
+        running.close()
+
+
+@pytest.fixture(scope="session")
+def at_once() -> Callable[[Sequence[Callable[[], Any]]], list[Any]]:
+    """Runs calls at the same time, each on a thread; their results in order."""
+
+    def run(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        with ThreadPoolExecutor(len(calls)) as pool:
+            return [future.result() for future in [pool.submit(call) for call in calls]]
+
+    return run

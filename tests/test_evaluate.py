@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from deltaserve.codecs.registry import Budget, make_codec
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import compress
 from deltaserve.deltas.restore import restore
 from deltaserve.errors import CheckpointError, TemplateError
 from deltaserve.evaluate import Evaluation, Row, evaluate
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,12 +10,12 @@ from contextlib import asynccontextmanager
 
 import torch
 import transformers
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 
 from deltaserve import __version__
 from deltaserve.api import chat, completions, deltas, errors, health, models
-from deltaserve.api.deps import Services, authorise
-from deltaserve.api.middleware import Identify
+from deltaserve.api.deps import Services
+from deltaserve.api.middleware import Authorise, Identify
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.intake import Intake
@@ -62,7 +62,11 @@ def build_services(settings: Settings) -> Services:
     )
     store = DeltaStore(settings.store, on_removed=lambda digest: residency.discard([digest]))
     text = TextSide(
-        base, model.vocab_size, TemplateRenderer(), lambda digest: Artifact.open(store.path(digest)).manifest
+        base,
+        model.vocab_size,
+        max_model_len,
+        TemplateRenderer(),
+        lambda digest: Artifact.open(store.path(digest)).manifest,
     )
 
     def check_template(artifact: Artifact) -> None:
@@ -129,9 +133,10 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.include_router(health.open_router)
     for router in (completions.router, chat.router, models.router, deltas.router, health.router):
-        app.include_router(router, dependencies=[Depends(authorise)])
+        app.include_router(router)
     errors.install(app)
 
+    app.add_middleware(Authorise, api_key=services.settings.api_key)
     app.add_middleware(Identify, metrics=services.metrics)
     return app
 

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
 from deltaserve.codecs.registry import make_codec
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
@@ -18,9 +22,6 @@ from deltaserve.deltas.restore import restore
 from deltaserve.deltas.tensorfile import MAX_HEADER_BYTES
 from deltaserve.deltas.validate import check_against_base, check_numbers
 from deltaserve.errors import ArtifactCorrupt, ArtifactError, ArtifactMismatch, CheckpointError, DeltaServeError
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable

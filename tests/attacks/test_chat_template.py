@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
 from deltaserve.engine.templates import WORKER_FILE, TemplateRenderer
 from deltaserve.errors import TemplateError
 

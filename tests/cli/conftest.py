@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+
 from deltaserve.cli import main
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from deltaserve.deltas.artifact import Artifact
 from safetensors.torch import load_file, save_file
+
+from deltaserve.deltas.artifact import Artifact
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import pytest
+
 from deltaserve import demo_base as module
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.errors import BaseMismatch, CheckpointError

@@ -9,8 +9,9 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-import deltaserve
 import pytest
+
+import deltaserve
 from deltaserve import cli
 from deltaserve.errors import BadRequest, CheckpointError, NotFound
 

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+
 from deltaserve.errors import CheckpointError
 from deltaserve.evaluate import Row, is_match, load_rows
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from deltaserve_client import AsyncClient, Client
 
 Handler = Callable[[httpx.Request], httpx.Response]

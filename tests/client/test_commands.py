@@ -8,6 +8,7 @@ import json
 
 import httpx
 import pytest
+
 from deltaserve.cli import remote
 from deltaserve_client import Client
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 
-import deltaserve_client as package
 import httpx
 import pytest
+
+import deltaserve_client as package
 from deltaserve_client import errors
 
 

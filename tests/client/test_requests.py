@@ -6,6 +6,7 @@ import json
 
 import httpx
 import pytest
+
 from deltaserve_client import Client, InvalidArgument, UnexpectedReply
 
 

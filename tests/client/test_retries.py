@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import httpx
 import pytest
+
 from deltaserve_client import ApiError, ConnectionFailed, RateLimited, Unavailable
 
 

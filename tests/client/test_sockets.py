@@ -7,6 +7,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+
 from deltaserve_client import AsyncClient, Client, Conflict, ConnectionFailed, StreamTruncated
 
 

@@ -8,6 +8,7 @@ from contextlib import aclosing, closing
 
 import httpx
 import pytest
+
 from deltaserve_client import AsyncClient, Client, StreamFailed, StreamTruncated, UnexpectedReply
 
 DONE = b"data: [DONE]\n\n"

@@ -6,6 +6,7 @@ import hashlib
 
 import httpx
 import pytest
+
 from deltaserve_client import Conflict, InvalidArgument
 from deltaserve_client.artifact import CHUNK_BYTES, Artifact
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from deltaserve.codecs.base import CodingError
 
 DELTA = torch.tensor([[3.0, 4.0]])

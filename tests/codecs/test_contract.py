@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load, save
+from torch import Tensor
+
 from deltaserve.codecs.base import Codec, CodingError, Site, decode
 from deltaserve.codecs.registry import CODECS, Budget, make_codec
 from deltaserve.deltas.artifact import build_term, term_spec, term_tensors
 from deltaserve.deltas.manifest import TermSpec
 from deltaserve_kernels.terms import Coded, LowRank, Term
-from pydantic import TypeAdapter
-from safetensors.torch import load, save
-from torch import Tensor
 
 SITE = Site(number=5, seed=7)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from deltaserve.codecs.base import CodingError, Site, decode
 from deltaserve.codecs.dare import Dare
 from deltaserve_kernels import layout

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from deltaserve.codecs.base import CodingError, Site, decode
 from deltaserve.codecs.delta_svd import DeltaSvd
 from deltaserve_kernels.terms import LowRank
-from torch import Tensor
 
 SITE = Site(number=5, seed=7)
 

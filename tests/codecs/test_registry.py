@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+
 from deltaserve.codecs.bitdelta import BitDelta
 from deltaserve.codecs.dare import Dare
 from deltaserve.codecs.delta_svd import DeltaSvd

@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from safetensors.torch import load_file, save_file
+
 from deltaserve.codecs.registry import Budget, make_codec
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import compress
 from deltaserve.deltas.restore import restore
-from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     import torch
-    from deltaserve.deltas.artifact import Artifact
     from torch import Tensor
+
+    from deltaserve.deltas.artifact import Artifact
 
 
 @dataclass

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import pytest
 import torch
-from deltaserve.deltas.checkpoint import Checkpoint
-from deltaserve.errors import CheckpointError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

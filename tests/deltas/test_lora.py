@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.lora import import_lora, is_adapter
 from deltaserve.deltas.restore import restore
 from deltaserve.deltas.validate import check_against_base, check_numbers
 from deltaserve.errors import CheckpointError
-from peft import IA3Config, LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 if TYPE_CHECKING:
     from collections.abc import Callable

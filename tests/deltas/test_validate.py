@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from deltaserve.codecs.base import decode
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.restore import restore
 from deltaserve.deltas.validate import check_against_base, check_numbers
 from deltaserve.errors import ArtifactMismatch, ArtifactNotFinite, BaseMismatch
-from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable

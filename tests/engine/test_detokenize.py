@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 
 import pytest
-from deltaserve.engine.detokenize import Detokenizer, StopMatcher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from deltaserve.engine.detokenize import Detokenizer, StopMatcher
 
 SOURCE = ["The quick brown fox jumps over the lazy dog. Grüße, 你好 世界, привет! 👩\u200d👧 e\u0301 ” and so on."] * 3
 CHARACTERS = st.one_of(st.characters(codec="utf-8"), st.sampled_from(" the你好👩\u200d👧🏽e\u0301\ufffd\n"))

@@ -9,11 +9,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
 from deltaserve.engine import templates
 from deltaserve.engine.templates import TemplateRenderer
 from deltaserve.errors import EngineFailure, QueueFull, TemplateError
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from deltaserve_kernels import layout
 from deltaserve_kernels.apply import apply_term
 from deltaserve_kernels.terms import Coded, Grid, LowRank, SeededMask, Term
-from torch import Tensor
 
 from .tolerances import RELATIVE_RMS, relative_rms
 

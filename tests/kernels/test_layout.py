@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deltaserve_kernels.layout import PACKED_BITS, lookup, pack, packed_bytes, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from deltaserve_kernels.layout import PACKED_BITS, lookup, pack, packed_bytes, unpack
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True)
 

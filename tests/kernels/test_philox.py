@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deltaserve_kernels.philox import philox_4x32_10, random_words
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from deltaserve_kernels.philox import philox_4x32_10, random_words
 
 MASK = 0xFFFFFFFF
 WORD = st.integers(0, MASK)

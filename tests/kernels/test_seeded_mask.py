@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deltaserve_kernels.terms import SeededMask, site_number
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from deltaserve_kernels.terms import SeededMask, site_number
 
 # χ² that a fair draw exceeds once in 1000, by degrees of freedom
 CHI_SQUARE_999 = {4: 18.47, 7: 24.32, 32: 62.49, 63: 103.44}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from deltaserve_kernels.segments import Segment, Segments
 
 

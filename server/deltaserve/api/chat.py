@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -37,7 +36,7 @@ async def create_chat_completion(body: ChatIn, http: Request, services: Services
     except BaseException:
         generation.close()
         raise
-    return sse.stream(_chunks(generation, body))
+    return sse.EventStream(_chunks(generation, body), generation.close)
 
 
 async def start(generation: Generation, body: ChatIn, services: Services) -> None:
@@ -104,21 +103,20 @@ async def _chunks(generation: Generation, body: ChatIn) -> AsyncIterator[dict[st
     def chunk(choices: list[dict[str, Any]]) -> dict[str, Any]:
         return _envelope(generation, body, "chat.completion.chunk", choices)
 
-    with contextlib.closing(generation):
-        for index in range(generation.n):
-            opening = {"role": "assistant", "content": ""}
-            yield chunk([{"index": index, "delta": opening, "logprobs": None, "finish_reason": None}])
-        async for index, event in generation.events():
-            if not event.text and not event.finish_reason and not (body.logprobs and event.logprobs):
-                continue
-            choice: dict[str, Any] = {
-                "index": index,
-                "delta": {"content": event.text} if event.text else {},
-                "logprobs": _logprobs(generation.profile, event) if body.logprobs else None,
-                "finish_reason": event.finish_reason,
-            }
-            if event.finish_reason:
-                choice["stop_reason"] = event.stop_reason
-            yield chunk([choice])
-        if body.includes_usage:
-            yield {**chunk([]), "usage": generation.usage}
+    for index in range(generation.n):
+        opening = {"role": "assistant", "content": ""}
+        yield chunk([{"index": index, "delta": opening, "logprobs": None, "finish_reason": None}])
+    async for index, event in generation.events():
+        if not event.text and not event.finish_reason and not (body.logprobs and event.logprobs):
+            continue
+        choice: dict[str, Any] = {
+            "index": index,
+            "delta": {"content": event.text} if event.text else {},
+            "logprobs": _logprobs(generation.profile, event) if body.logprobs else None,
+            "finish_reason": event.finish_reason,
+        }
+        if event.finish_reason:
+            choice["stop_reason"] = event.stop_reason
+        yield chunk([choice])
+    if body.includes_usage:
+        yield {**chunk([]), "usage": generation.usage}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -38,7 +37,7 @@ async def create_completion(body: CompletionIn, http: Request, services: Service
     except BaseException:
         generation.close()
         raise
-    return sse.stream(_chunks(generation, body))
+    return sse.EventStream(_chunks(generation, body), generation.close)
 
 
 async def start(generation: Generation, body: CompletionIn, services: Services) -> None:
@@ -144,11 +143,10 @@ def _join(pieces: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 async def _chunks(generation: Generation, body: CompletionIn) -> AsyncIterator[dict[str, Any]]:
-    with contextlib.closing(generation):
-        growing = _choices(generation, body)
-        async for index, event in generation.events():
-            choice = growing[index].take(event)
-            if choice["text"] or choice["finish_reason"] or choice["logprobs"]:
-                yield _envelope(generation, body, [choice])
-        if body.includes_usage:
-            yield {**_envelope(generation, body, []), "usage": generation.usage}
+    growing = _choices(generation, body)
+    async for index, event in generation.events():
+        choice = growing[index].take(event)
+        if choice["text"] or choice["finish_reason"] or choice["logprobs"]:
+            yield _envelope(generation, body, [choice])
+    if body.includes_usage:
+        yield {**_envelope(generation, body, []), "usage": generation.usage}

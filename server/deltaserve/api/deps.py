@@ -1,9 +1,7 @@
-"""What handlers need, and who may call them."""
+"""What handlers need."""
 
 from __future__ import annotations
 
-import hashlib
-import secrets
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -14,7 +12,7 @@ from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.store import DeltaStore
 from deltaserve.engine.loop import Engine
 from deltaserve.engine.text import TextSide
-from deltaserve.errors import AuthenticationFailed, Draining
+from deltaserve.errors import Draining
 from deltaserve.metrics import Metrics
 from deltaserve.settings import Settings
 
@@ -48,14 +46,3 @@ def services(request: Request) -> Services:
 
 
 ServicesDep = Annotated[Services, Depends(services)]
-
-
-async def authorise(request: Request, deps: ServicesDep) -> None:
-    """On the router, so that no route can forget it. Compared as digests, in constant time."""
-    expected = deps.settings.api_key
-    if expected is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    digests = [hashlib.sha256(key.encode()).digest() for key in (given.strip(), expected)]
-    if scheme.lower() != "bearer" or not secrets.compare_digest(*digests):
-        raise AuthenticationFailed("a valid key is needed: Authorization: Bearer KEY")

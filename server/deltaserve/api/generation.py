@@ -222,6 +222,7 @@ def _for_choice(params: SamplingParams, choice: int) -> SamplingParams:
 
 
 def _token_id(key: str, profile: Profile) -> int:
-    if not key.isascii() or not key.isdigit() or len(key) > 10 or int(key) >= profile.vocab_size:
+    canonical = key.isascii() and key.isdigit() and len(key) <= 10 and str(int(key)) == key
+    if not canonical or int(key) >= profile.vocab_size:
         raise BadRequest(f"logit_bias: {key[:40]!r} is no token id below {profile.vocab_size}", param="logit_bias")
     return int(key)

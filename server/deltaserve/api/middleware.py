@@ -1,23 +1,26 @@
-"""Around every request: an id on the reply, a count in the metrics, a bound on the body, an answer whatever happens.
+"""Around every request: a key where one is asked for, an id on the reply, a count in the metrics, a bound on the body.
 
 Plain ASGI: streams and disconnects pass.
 """
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import uuid
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from deltaserve.api.errors import unexpected
-from deltaserve.errors import BadRequest
+from deltaserve.api.errors import error_response, unexpected
+from deltaserve.errors import AuthenticationFailed, BadRequest
 from deltaserve.metrics import Metrics
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 32 * 2**20  # of every request but an upload, which has a bound of its own
+OPEN_PATHS = frozenset({"/health"})
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -60,3 +63,27 @@ class Identify:
             if started:
                 raise
             await unexpected(method, scope["path"], error)(scope, receive, identified)
+
+
+class Authorise:
+    """A bearer key for every path but the open ones, before a byte of the body is read or a route is looked up.
+
+    Here and not on the routes, so that none can forget it. Compared as digests, in constant time.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._expected = hashlib.sha256(api_key.encode()).digest() if api_key is not None else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allows(Headers(scope=scope)):
+            refusal = AuthenticationFailed("a valid key is needed: Authorization: Bearer KEY")
+            return await error_response(refusal)(scope, receive, send)
+        await self._app(scope, receive, send)
+
+    def _allows(self, headers: Headers) -> bool:
+        if self._expected is None:
+            return True
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(given.strip().encode()).digest()
+        return secrets.compare_digest(digest, self._expected) and scheme.lower() == "bearer"

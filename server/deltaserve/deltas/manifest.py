@@ -111,14 +111,14 @@ class AddedToken(Strict):
 
 
 class GenerationSpec(TypedDict, total=False):
-    """Fields of generation_config.json that a delta may change. Their ranges are the API's to check."""
+    """Fields of generation_config.json that a delta may change, in the ranges that sampling takes."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
-    temperature: Finite
-    top_p: Finite
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
     top_k: Natural
-    min_p: Finite
-    repetition_penalty: Finite
+    min_p: Annotated[float, Field(ge=0, le=1)]
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)]
     max_new_tokens: Natural
     eos_token_id: Natural | TokenIds
 

@@ -140,16 +140,18 @@ class DeltaStore:
                 sync_directory(self._objects)
                 os.replace(upload.path, path)
                 sync_directory(path.parent)
-                self._registry.execute(
-                    "INSERT INTO deltas VALUES (?, ?, ?, ?, ?)",
-                    (name, record.version, digest, record.created, json.dumps(summary)),
-                )
+                with self._registry:  # the new version comes and the old one goes, or neither
+                    self._registry.execute("BEGIN")
+                    replaced = self._forget(name)
+                    self._registry.execute(
+                        "INSERT INTO deltas VALUES (?, ?, ?, ?, ?)",
+                        (name, record.version, digest, record.created, json.dumps(summary)),
+                    )
             except (OSError, sqlite3.OperationalError):
                 self._remove_if_unused(digest)
                 raise
-            if newest is not None:
-                with contextlib.suppress(sqlite3.OperationalError):  # what stays goes with the next version
-                    self._forget(name, up_to=newest.version)
+            for old in replaced:
+                self._remove_if_unused(old)
             return record, newest is None
 
     def get(self, name: str) -> Record:
@@ -185,8 +187,9 @@ class DeltaStore:
     def delete(self, name: str) -> None:
         """Forgets every version of `name`. Raises ModelNotFound, StorageFull."""
         with self._lock, _disk_full_is_an_answer():
-            newest = self.get(name)
-            self._forget(name, up_to=newest.version)
+            self.get(name)
+            for digest in self._forget(name):
+                self._remove_if_unused(digest)
 
     def path(self, digest: DeltaDigest) -> Path:
         return self._objects / digest[:2] / f"{digest}.safetensors"
@@ -201,13 +204,11 @@ class DeltaStore:
         ).fetchone()
         return _record(row) if row else None
 
-    def _forget(self, name: str, *, up_to: int) -> None:
-        digests = self._registry.execute(
-            "SELECT digest FROM deltas WHERE name = ? AND version <= ?", (name, up_to)
-        ).fetchall()
-        self._registry.execute("DELETE FROM deltas WHERE name = ? AND version <= ?", (name, up_to))
-        for (digest,) in digests:
-            self._remove_if_unused(DeltaDigest(digest))
+    def _forget(self, name: str) -> list[DeltaDigest]:
+        """Removes the rows of `name`; → what they pointed to."""
+        rows = self._registry.execute("SELECT digest FROM deltas WHERE name = ?", (name,)).fetchall()
+        self._registry.execute("DELETE FROM deltas WHERE name = ?", (name,))
+        return [DeltaDigest(digest) for (digest,) in rows]
 
     def _remove_if_unused(self, digest: DeltaDigest) -> None:
         named = self._registry.execute("SELECT 1 FROM deltas WHERE digest = ? LIMIT 1", (digest,)).fetchone()

@@ -14,7 +14,7 @@ from deltaserve.deltas.manifest import Manifest
 from deltaserve.engine.detokenize import Detokenizer, StopMatcher
 from deltaserve.engine.templates import TemplateRenderer
 from deltaserve.engine.types import SamplingParams
-from deltaserve.errors import BadRequest
+from deltaserve.errors import BadRequest, ContextLengthExceeded
 from deltaserve.ids import DeltaDigest
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Profile:
     defaults: Mapping[str, Any]  # generation defaults: temperature, top_p, …
     eos_ids: frozenset[int]
     vocab_size: int  # ids below are embedded
+    longest_token: int  # characters; no text has fewer tokens than its length / this
 
     def token_text(self, token_id: int) -> str:
         """One token by itself; what a byte-level token means alone may be no character."""
@@ -45,11 +46,13 @@ class TextSide:
         self,
         base: Checkpoint,
         vocab_size: int,
+        max_model_len: int,
         renderer: TemplateRenderer,
         manifest_of: Callable[[DeltaDigest], Manifest],
     ) -> None:
         self._base = base
         self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
         self._renderer = renderer
         self._manifest_of = manifest_of
         self._lock = threading.Lock()
@@ -81,14 +84,21 @@ class TextSide:
             "add_generation_prompt": True,
         }
         text = self._renderer.render(profile.chat_template, variables)
-        return self.encode(profile, text, add_special_tokens=False)
+        return self.encode(profile, text, add_special_tokens=False, param="messages")
 
     def check_template(self, template: str) -> None:
         """Raises TemplateError."""
         self._renderer.check(template)
 
-    @staticmethod
-    def encode(profile: Profile, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, profile: Profile, text: str, *, add_special_tokens: bool = True, param: str = "prompt"
+    ) -> list[int]:
+        """Raises ContextLengthExceeded for what is too long before it is tokenised, which can take a minute."""
+        fewest = len(text.encode()) // profile.longest_token
+        if fewest > self._max_model_len:
+            raise ContextLengthExceeded(
+                f"the model's context is {self._max_model_len} tokens; the prompt has at least {fewest}", param=param
+            )
         ids: list[int] = profile.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
         return ids
 
@@ -114,6 +124,7 @@ class TextSide:
             defaults,
             frozenset(int(token) for token in eos_ids),
             max(self._vocab_size, added),
+            max(len(token.encode()) for token in tokenizer.get_vocab()),
         )
 
 

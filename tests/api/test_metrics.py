@@ -1,0 +1,57 @@
+"""vLLM's metric names are there, and their values move with what happens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+GAUGES = ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"]
+COUNTERS = [
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:num_preemptions_total",
+    "vllm:admission_rejections_total",
+]
+HISTOGRAMS = [
+    "vllm:time_to_first_token_seconds",
+    "vllm:inter_token_latency_seconds",
+    "vllm:e2e_request_latency_seconds",
+    "vllm:request_queue_time_seconds",
+    "vllm:request_prompt_tokens",
+    "vllm:request_generation_tokens",
+    "deltaserve:step_seconds",
+    "deltaserve:delta_load_seconds",
+]
+
+
+def test_the_names_that_dashboards_use_are_there(server: Any) -> None:
+    text = server.http.get("/metrics").raise_for_status().text
+    for name in [*GAUGES, *COUNTERS, *(f"{name}_count" for name in HISTOGRAMS)]:
+        assert f'{name}{{model_name="tiny"}} ' in text, name
+
+
+def test_an_answer_is_counted(server: Any) -> None:
+    def read() -> dict[str, float]:
+        names = [*COUNTERS[:2], "vllm:request_success_total", "vllm:e2e_request_latency_seconds_count"]
+        labels = {"handler": "/v1/completions", "status": "200"}
+        return {name: server.metric(name) for name in names} | {"http": server.metric("http_requests_total", **labels)}
+
+    before = read()
+    body = {"model": "tiny", "prompt": [5] * 6, "max_tokens": 9, "ignore_eos": True}
+    server.http.post("/v1/completions", json=body).raise_for_status()
+    assert [after - old for after, old in zip(read().values(), before.values(), strict=True)] == [6, 9, 1, 1, 1]
+
+
+def test_a_resident_delta_has_its_sizes(server: Any) -> None:
+    body = {"model": "sign", "prompt": "a", "max_tokens": 1}
+    server.http.post("/v1/completions", json=body).raise_for_status()
+    card = server.http.get("/v1/deltas/sign").json()
+    assert server.metric("deltaserve:delta_disk_bytes", delta="sign") == card["disk_bytes"]
+    assert server.metric("deltaserve:delta_resident_bytes", delta="sign", state="device") > 0
+    assert server.metric("deltaserve:deltas", tier="device") >= 1
+
+
+@pytest.mark.parametrize("route", ["/openapi.json", "/version"])
+def test_the_server_describes_itself(route: str, server: Any) -> None:
+    assert server.http.get(route).raise_for_status().json()

@@ -1,0 +1,58 @@
+"""The official client, and short ways to ask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import openai
+
+PROMPT = "Many fine-tunes of one base"
+
+
+@pytest.fixture(scope="session")
+def client(server: Any) -> Iterator[openai.OpenAI]:
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def complete(client: openai.OpenAI) -> Callable[..., Any]:
+    """complete(model, **parameters): one completion of PROMPT, greedy and of 16 tokens unless told otherwise."""
+
+    def ask(model: str = "tiny", **parameters: Any) -> Any:
+        extra = {
+            name: parameters.pop(name)
+            for name in (
+                "ignore_eos",
+                "min_tokens",
+                "top_k",
+                "min_p",
+                "stop_token_ids",
+                "skip_special_tokens",
+                "repetition_penalty",
+            )
+            if name in parameters
+        }
+        given = {"prompt": PROMPT, "temperature": 0, "max_tokens": 16, **parameters}
+        return client.completions.create(model=model, extra_body=extra, **given)
+
+    return ask
+
+
+@pytest.fixture(scope="session")
+def answer(complete: Callable[..., Any]) -> Callable[..., str]:
+    """The text of `complete`'s first choice."""
+    return lambda model="tiny", **parameters: str(complete(model, **parameters).choices[0].text)
+
+
+@pytest.fixture(scope="session")
+def ascii_bias(tenants: dict[str, Any]) -> dict[str, int]:
+    """A logit_bias that leaves tokens of plain letters only, so that tokens and characters are easy to match."""
+    tokenizer = tenants["tiny"].tokenizer
+    texts = {token: tokenizer.decode([token]) for token in range(len(tokenizer))}
+    return {str(token): 100 for token, text in texts.items() if text.isascii() and text.isalpha()}

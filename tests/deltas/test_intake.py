@@ -1,0 +1,162 @@
+"""An upload is checked whole before a name points to it; what is refused leaves nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from deltaserve.deltas.artifact import Artifact
+from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.deltas.intake import Intake
+from deltaserve.deltas.store import DeltaStore
+from deltaserve.errors import (
+    ArtifactCorrupt,
+    ArtifactError,
+    ArtifactMismatch,
+    ArtifactNotFinite,
+    ArtifactTooLarge,
+    BaseMismatch,
+    DeltaServeError,
+    DigestMismatch,
+    InvalidName,
+    TemplateError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def good(tiny_base: Path, tiny_finetune: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The bytes of an artifact that fits."""
+    from deltaserve.codecs.registry import make_codec
+    from deltaserve.deltas.compress import compress
+
+    path = tmp_path_factory.mktemp("good") / "delta.safetensors"
+    compress(Checkpoint.open(tiny_base), Checkpoint.open(tiny_finetune), make_codec("bitdelta"), path)
+    return path.read_bytes()
+
+
+class Door:
+    def __init__(self, root: Path, base: Path, *checks: Callable[[Artifact], None], max_bytes: int = 1 << 24) -> None:
+        self.root = root
+        self.store = DeltaStore(root)
+        self.intake = Intake(self.store, Checkpoint.open(base), list(checks), max_bytes)
+
+    def send(self, data: bytes, name: str = "a", sha256: str | None = None) -> Any:
+        upload = self.intake.begin()
+        try:
+            upload.write(data)
+            return self.intake.accept(name, upload, sha256)
+        finally:
+            upload.close()
+
+    def files(self) -> list[Path]:
+        return [
+            path for folder in ("objects", "incoming") for path in (self.root / folder).rglob("*") if path.is_file()
+        ]
+
+
+@pytest.fixture
+def door(tmp_path: Path, tiny_base: Path) -> Iterator[Door]:
+    made = Door(tmp_path, tiny_base)
+    yield made
+    made.store.close()
+
+
+def test_a_good_upload_is_a_version_with_its_sizes(door: Door, good: bytes) -> None:
+    record, new = door.send(good)
+    artifact = Artifact.open(door.store.path(record.digest))
+    assert (record.version, new) == (1, True)
+    assert record.summary == {
+        "codec": "bitdelta",
+        "disk_bytes": len(good),
+        "resident_bytes": artifact.resident_bytes,
+        "bits_per_parameter": round(artifact.bits_per_parameter, 6),
+        "base": artifact.manifest.base.fingerprint,
+    }
+    assert len(door.files()) == 1
+
+
+def damaged(good: bytes, how: str, files: Any) -> bytes:
+    header, data = files.split(good)
+    match how:
+        case "empty":
+            return b""
+        case "cut":
+            return good[:-1]
+        case "no manifest":
+            header["__metadata__"] = {}
+        case "manifest":
+            header["__metadata__"]["deltaserve"] = "{}"
+        case "nan":
+            name = next(name for name in header if name.endswith("norm.weight"))
+            start = header[name]["data_offsets"][0]
+            return bytes(files.join(header, data[:start] + b"\xff\xff" + data[start + 2 :]))
+        case "renamed":
+            header = {name.replace("layers.1.", "layers.9."): entry for name, entry in header.items()}
+    return bytes(files.join(header, data))
+
+
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [
+        ("empty", ArtifactCorrupt),
+        ("cut", ArtifactCorrupt),
+        ("no manifest", ArtifactError),
+        ("manifest", ArtifactError),
+        ("nan", ArtifactNotFinite),
+        ("renamed", ArtifactMismatch),
+    ],
+)
+def test_a_bad_upload_is_refused_by_its_fault_and_leaves_nothing(
+    door: Door, good: bytes, files: Any, how: str, error: type[DeltaServeError]
+) -> None:
+    with pytest.raises(error):
+        door.send(damaged(good, how, files))
+    assert (door.files(), door.store.records()) == ([], [])
+
+
+def test_a_refused_upload_leaves_the_version_that_was_there(door: Door, good: bytes) -> None:
+    record, _ = door.send(good)
+    with pytest.raises(ArtifactCorrupt):
+        door.send(good[:-1])
+    assert door.store.get("a") == record
+    assert len(door.files()) == 1
+
+
+def test_a_delta_of_another_base_is_refused(tmp_path: Path, untied_base: Path, good: bytes) -> None:
+    door = Door(tmp_path, untied_base)
+    with pytest.raises(BaseMismatch):
+        door.send(good)
+    assert door.files() == []
+    door.store.close()
+
+
+def test_a_bad_name_or_digest_leaves_nothing(door: Door, good: bytes) -> None:
+    with pytest.raises(InvalidName):
+        door.send(good, name="../a")
+    with pytest.raises(DigestMismatch):
+        door.send(good, sha256="0" * 64)
+    assert door.files() == []
+
+
+def test_what_is_larger_than_allowed_leaves_nothing(tmp_path: Path, tiny_base: Path, good: bytes) -> None:
+    door = Door(tmp_path, tiny_base, max_bytes=len(good) - 1)
+    with pytest.raises(ArtifactTooLarge):
+        door.send(good)
+    assert door.files() == []
+    door.store.close()
+
+
+def test_what_the_serving_side_refuses_leaves_nothing(tmp_path: Path, tiny_base: Path, good: bytes) -> None:
+    def refuse(artifact: Artifact) -> None:
+        raise TemplateError(f"no template of {artifact.manifest.codec}")
+
+    door = Door(tmp_path, tiny_base, refuse)
+    with pytest.raises(TemplateError):
+        door.send(good)
+    assert (door.files(), door.store.records()) == ([], [])
+    door.store.close()

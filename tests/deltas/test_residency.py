@@ -1,0 +1,285 @@
+"""Which deltas are on the device: least recently used out first, never a pinned one, and a damaged file never."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from deltaserve.deltas.artifact import Artifact
+from deltaserve.deltas.residency import Limits, Residency
+from deltaserve.errors import DeltaLoadFailed
+from deltaserve.ids import DeltaDigest, Slot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+WAIT_S = 20.0
+NUM = 5
+
+
+@pytest.fixture(scope="module")
+def shelf(
+    tiny_base: Path, make_finetune: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[DeltaDigest, Path]:
+    """A few artifacts by digest."""
+    from deltaserve.codecs.registry import make_codec
+    from deltaserve.deltas.checkpoint import Checkpoint
+    from deltaserve.deltas.compress import compress
+
+    folder = tmp_path_factory.mktemp("shelf")
+    tuned = make_finetune(tiny_base, folder / "tuned", scale=0.02, seed=1, embedding_rows=(3,))
+    found: dict[DeltaDigest, Path] = {}
+    for seed in range(NUM):
+        path = folder / f"{seed}.safetensors"
+        compress(Checkpoint.open(tiny_base), Checkpoint.open(tuned), make_codec("bitdelta"), path, seed=seed)
+        found[DeltaDigest(hashlib.sha256(path.read_bytes()).hexdigest())] = path
+    assert len(found) == NUM
+    return found
+
+
+class Shelf:
+    """A residency and the files it reads."""
+
+    def __init__(self, files: dict[DeltaDigest, Path], device: int = 2, host: int = 8, **limits: Any) -> None:
+        self.files = dict(files)
+        self.digests = list(files)
+        self.num_read = 0
+        self.ready = threading.Semaphore(0)
+        self.residency = Residency(
+            self._path, torch.device("cpu"), Limits(device, host, **limits), on_ready=self.ready.release
+        )
+
+    def _path(self, digest: DeltaDigest) -> Path:
+        self.num_read += 1
+        return self.files[digest]
+
+    def pin(self, which: int) -> Slot:
+        """Pinned, loaded first where it must be."""
+        for _ in range(3):
+            slot = self.residency.try_pin(self.digests[which])
+            if slot is not None:
+                return slot
+            assert self.ready.acquire(timeout=WAIT_S)
+        raise AssertionError("it does not come")
+
+    def use(self, *which: int) -> None:
+        for one in which:
+            self.residency.unpin(self.pin(one))
+
+    def states(self) -> list[str]:
+        return [self.residency.state(digest) for digest in self.digests]
+
+
+@pytest.fixture
+def make(shelf: dict[DeltaDigest, Path]) -> Iterator[Callable[..., Shelf]]:
+    made: list[Shelf] = []
+
+    def build(**options: Any) -> Shelf:
+        made.append(Shelf(shelf, **options))
+        return made[-1]
+
+    yield build
+    for one in made:
+        one.residency.close()
+
+
+def size_of(shelf: dict[DeltaDigest, Path]) -> int:
+    return Artifact.open(next(iter(shelf.values()))).resident_bytes
+
+
+def test_a_delta_is_loaded_when_it_is_first_asked_for(make: Callable[..., Shelf]) -> None:
+    shelf = make()
+    assert shelf.states()[0] == "disk"
+    assert shelf.residency.try_pin(shelf.digests[0]) is None
+    slot = shelf.pin(0)
+    assert shelf.residency.slots[slot] is not None
+    assert shelf.states()[0] == "device"
+    assert shelf.num_read == 1
+
+
+def test_the_least_recently_used_goes_first(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=2)
+    shelf.use(0, 1, 0, 2)
+    assert shelf.states()[:3] == ["device", "host", "device"]
+    shelf.use(3)
+    assert shelf.states()[:4] == ["host", "host", "device", "device"]
+
+
+def test_a_pinned_delta_is_never_evicted_and_keeps_its_slot(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=2)
+    slot = shelf.pin(0)
+    held = shelf.residency.slots[slot]
+    shelf.use(1, 2, 3, 4)
+    assert shelf.residency.slots[slot] is held
+    assert shelf.pin(0) == slot
+    assert shelf.residency.counts()["pinned"] == 1
+
+
+def test_with_every_slot_pinned_a_newcomer_waits_without_being_loaded(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=2)
+    pinned = [shelf.pin(0), shelf.pin(1)]
+    for _ in range(5):
+        assert shelf.residency.try_pin(shelf.digests[2]) is None
+    assert shelf.num_read == 2
+    shelf.residency.unpin(pinned[0])
+    assert shelf.pin(2) == pinned[0]
+
+
+def test_what_left_the_device_comes_back_from_the_host(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=1)
+    shelf.use(0, 1, 0)
+    assert shelf.num_read == 2
+
+
+def test_the_host_keeps_as_many_as_it_may(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=1, host=2)
+    shelf.use(0, 1, 2, 3)
+    assert shelf.states()[:4] == ["disk", "disk", "host", "device"]
+    assert shelf.residency.counts() == {"device": 1, "host": 2, "pinned": 0}
+
+
+def test_bytes_limit_the_device_and_the_host(make: Callable[..., Shelf], shelf: dict[DeltaDigest, Path]) -> None:
+    size = size_of(shelf)
+    limited = make(device=4, device_bytes=2 * size, host_bytes=3 * size)
+    limited.use(0, 1, 2, 3, 4)
+    assert limited.states() == ["disk", "disk", "host", "device", "device"]
+    assert limited.residency.tier_bytes() == {"device": 2 * size, "host": 3 * size}
+
+
+def test_bytes_of_pinned_deltas_are_not_freed_for_a_newcomer(
+    make: Callable[..., Shelf], shelf: dict[DeltaDigest, Path]
+) -> None:
+    limited = make(device=4, device_bytes=size_of(shelf) + 1)
+    slot = limited.pin(0)
+    assert limited.residency.try_pin(limited.digests[1]) is None
+    assert limited.ready.acquire(timeout=WAIT_S)
+    assert limited.states()[:2] == ["device", "host"]
+    limited.residency.unpin(slot)
+    limited.pin(1)
+    assert limited.states()[:2] == ["host", "device"]
+
+
+def test_a_delta_larger_than_the_limit_is_served_alone(make: Callable[..., Shelf]) -> None:
+    limited = make(device=4, device_bytes=1, host_bytes=1)
+    limited.use(0, 1)
+    assert limited.states()[:2] == ["host", "device"] or limited.states()[:2] == ["disk", "device"]
+
+
+def test_bytes_and_counts_are_those_of_the_tensors(make: Callable[..., Shelf], shelf: dict[DeltaDigest, Path]) -> None:
+    size, residency = size_of(shelf), (one := make()).residency
+    assert residency.resident_bytes(one.digests[0]) is None
+    one.use(0, 1, 2)
+    assert residency.tier_bytes() == {"device": 2 * size, "host": 3 * size}
+    assert residency.resident_bytes(one.digests[0]) == residency.resident_bytes(one.digests[2]) == size
+    held = [delta for delta in residency.slots if delta is not None]
+    tensors = [t for d in held for terms in d.layers.values() for term in terms for t in term.tensors().values()]  # type: ignore[union-attr]
+    tensors += [t for d in held for o in d.overrides.values() for t in (o.values, o.rows) if t is not None]
+    assert sum(tensor.nbytes for tensor in tensors) == 2 * size
+
+
+def test_a_failed_load_is_told_once_and_then_tried_again(make: Callable[..., Shelf]) -> None:
+    shelf = make()
+    good = shelf.files[shelf.digests[0]]
+    shelf.files[shelf.digests[0]] = good.with_name("gone")
+    assert shelf.residency.try_pin(shelf.digests[0]) is None
+    assert shelf.ready.acquire(timeout=WAIT_S)
+    with pytest.raises(DeltaLoadFailed):
+        shelf.residency.try_pin(shelf.digests[0])
+    shelf.files[shelf.digests[0]] = good
+    assert shelf.residency.slots[shelf.pin(0)] is not None
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "other"])
+def test_a_damaged_file_is_known_by_its_digest(make: Callable[..., Shelf], tmp_path: Path, damage: str) -> None:
+    shelf = make()
+    raw = bytearray(shelf.files[shelf.digests[0]].read_bytes())
+    if damage == "flip":
+        raw[-10] ^= 1
+    elif damage == "cut":
+        del raw[-4:]
+    else:
+        raw = bytearray(shelf.files[shelf.digests[1]].read_bytes())
+    shelf.files[shelf.digests[0]] = tmp_path / "damaged"
+    (tmp_path / "damaged").write_bytes(raw)
+    with pytest.raises(DeltaLoadFailed, match="damaged"):
+        shelf.pin(0)
+    assert shelf.residency.counts() == {"device": 0, "host": 0, "pinned": 0}
+    shelf.use(1)
+
+
+def test_the_file_may_go_once_a_delta_is_loaded(make: Callable[..., Shelf], tmp_path: Path) -> None:
+    shelf = make()
+    copy = tmp_path / "copy"
+    copy.write_bytes(shelf.files[shelf.digests[0]].read_bytes())
+    shelf.files[shelf.digests[0]] = copy
+    delta = shelf.residency.slots[shelf.pin(0)]
+    assert delta is not None
+    before = {name: terms[0].decode() for name, terms in delta.layers.items()}
+    copy.write_bytes(bytes(copy.stat().st_size))
+    copy.unlink()
+    assert all(torch.equal(terms[0].decode(), before[name]) for name, terms in delta.layers.items())
+
+
+def test_discarding_frees_what_is_not_in_use(make: Callable[..., Shelf]) -> None:
+    shelf = make()
+    slot = shelf.pin(0)
+    shelf.use(1)
+    shelf.residency.discard(shelf.digests)
+    assert shelf.states()[:2] == ["device", "disk"]
+    assert shelf.residency.slots[slot] is not None
+    assert shelf.residency.slots[1 - slot] is None
+    shelf.residency.unpin(slot)
+    shelf.residency.discard(shelf.digests)
+    assert shelf.residency.counts() == {"device": 0, "host": 0, "pinned": 0}
+
+
+def test_unpinning_more_often_than_pinning_is_a_bug(make: Callable[..., Shelf]) -> None:
+    shelf = make()
+    shelf.use(0)
+    with pytest.raises(AssertionError):
+        shelf.residency.unpin(Slot(0))
+
+
+def test_many_threads_never_see_a_pinned_slot_change(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=2, host=3)
+    problems: list[str] = []
+    served = [0] * 4
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(400):
+            digest = chance.choice(shelf.digests)
+            slot = shelf.residency.try_pin(digest)
+            if slot is None:
+                shelf.ready.acquire(timeout=0.001)
+                continue
+            held = shelf.residency.slots[slot]
+            if shelf.residency.state(digest) != "device" or held is None:
+                problems.append("a pinned delta is not there")
+            if seed == 0 and chance.random() < 0.1:
+                shelf.residency.discard([digest])
+            if shelf.residency.slots[slot] is not held:
+                problems.append("a pinned slot changed")
+            counts = shelf.residency.counts()
+            if counts["device"] > 2 or counts["host"] > 3 or not 1 <= counts["pinned"] <= 2:
+                problems.append(f"{counts}")
+            served[seed] += 1
+            shelf.residency.unpin(slot)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert problems == []
+    assert sum(served) > 0
+    assert shelf.residency.counts()["pinned"] == 0
+    shelf.residency.close()
+    held = [delta for delta in shelf.residency.slots if delta is not None]
+    assert len(held) == shelf.residency.counts()["device"]

@@ -1,0 +1,361 @@
+"""What was acknowledged stays, what was not leaves nothing, on a full disk and after a kill at any point."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from deltaserve.deltas import store as store_module
+from deltaserve.deltas.store import DeltaStore, Record
+from deltaserve.errors import ArtifactTooLarge, DigestMismatch, InvalidName, ModelNotFound, StorageFull
+from deltaserve.ids import DeltaDigest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[DeltaStore]:
+    opened = DeltaStore(tmp_path)
+    yield opened
+    opened.close()
+
+
+def put(store: DeltaStore, name: str, data: bytes, **summary: Any) -> tuple[Record, bool]:
+    upload = store.begin_upload(1 << 20)
+    try:
+        upload.write(data)
+        return store.commit(name, upload, upload.finish(None), summary)
+    finally:
+        upload.close()
+
+
+def objects(root: Path) -> set[str]:
+    return {path.stem for path in (root / "objects").glob("*/*")}
+
+
+def incoming(root: Path) -> list[Path]:
+    return list((root / "incoming").iterdir())
+
+
+def digest_of(data: bytes) -> DeltaDigest:
+    return DeltaDigest(hashlib.sha256(data).hexdigest())
+
+
+def test_an_acknowledged_upload_survives_a_restart(tmp_path: Path) -> None:
+    before = DeltaStore(tmp_path)
+    record, new = put(before, "a", b"one", codec="x")
+    assert (record.version, new, record.digest) == (1, True, digest_of(b"one"))
+    before.close()
+    after = DeltaStore(tmp_path)
+    assert after.get("a") == record
+    assert after.get("a").summary == {"codec": "x"}
+    assert after.path(record.digest).read_bytes() == b"one"
+    after.close()
+
+
+def test_a_new_version_takes_the_place_of_the_old_one(store: DeltaStore, tmp_path: Path) -> None:
+    put(store, "a", b"one")
+    record, new = put(store, "a", b"two")
+    assert (record.version, new) == (2, False)
+    assert store.get("a") == record
+    assert objects(tmp_path) == {digest_of(b"two")}
+    assert store.records() == [record]
+
+
+def test_the_same_bytes_again_change_nothing(store: DeltaStore, tmp_path: Path) -> None:
+    first, _ = put(store, "a", b"one")
+    assert put(store, "a", b"one") == (first, False)
+    assert incoming(tmp_path) == []
+
+
+def test_two_names_share_the_same_bytes_until_both_are_gone(store: DeltaStore, tmp_path: Path) -> None:
+    put(store, "a", b"one")
+    record, new = put(store, "b", b"one")
+    assert (record.version, new) == (1, True)
+    store.delete("a")
+    assert store.path(digest_of(b"one")).read_bytes() == b"one"
+    store.delete("b")
+    assert objects(tmp_path) == set()
+
+
+def test_a_lease_keeps_a_replaced_or_deleted_object_until_its_last_release(store: DeltaStore) -> None:
+    put(store, "a", b"one")
+    path = store.path(digest_of(b"one"))
+    leases = [store.lease("a"), store.lease("a")]
+    put(store, "a", b"two")
+    store.delete("a")
+    assert path.read_bytes() == b"one"
+    store.release(leases[0].digest)
+    assert path.exists()
+    store.release(leases[1].digest)
+    assert not path.exists()
+
+
+def test_releasing_what_is_still_named_keeps_it(store: DeltaStore) -> None:
+    put(store, "a", b"one")
+    store.release(store.lease("a").digest)
+    assert store.path(digest_of(b"one")).exists()
+
+
+def test_deleting_tells_what_was_removed_and_a_name_begins_anew(tmp_path: Path) -> None:
+    removed: list[DeltaDigest] = []
+    store = DeltaStore(tmp_path, on_removed=removed.append)
+    put(store, "a", b"one")
+    put(store, "a", b"two")
+    store.delete("a")
+    assert removed == [digest_of(b"one"), digest_of(b"two")]
+    for call in (store.get, store.lease, store.delete):
+        with pytest.raises(ModelNotFound):
+            call("a")
+    assert put(store, "a", b"three")[0].version == 1
+    store.close()
+
+
+@pytest.mark.parametrize("name", ["a", "A9._-", "0", "x" * 128])
+def test_good_names_are_taken(store: DeltaStore, name: str) -> None:
+    assert put(store, name, b"one")[0].name == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "-a", "_a", "a/b", "../a", "a b", "a\n", "a\0", "ä", "x" * 129, "a%2f", "a\\b"]
+)
+def test_bad_names_are_refused_and_nothing_is_kept(store: DeltaStore, tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidName):
+        put(store, name, b"one")
+    assert (objects(tmp_path), incoming(tmp_path), store.records()) == (set(), [], [])
+
+
+def test_an_upload_beyond_the_limit_is_refused(store: DeltaStore, tmp_path: Path) -> None:
+    upload = store.begin_upload(5)
+    upload.write(b"12345")
+    with pytest.raises(ArtifactTooLarge):
+        upload.write(b"6")
+    upload.close()
+    assert incoming(tmp_path) == []
+
+
+def test_another_digest_than_the_promised_one_is_refused(store: DeltaStore) -> None:
+    upload = store.begin_upload(100)
+    upload.write(b"one")
+    with pytest.raises(DigestMismatch):
+        upload.finish("0" * 64)
+    assert upload.finish(digest_of(b"one").upper()) == digest_of(b"one")
+    upload.close()
+
+
+def test_a_start_removes_what_nobody_names(tmp_path: Path) -> None:
+    store = DeltaStore(tmp_path)
+    record, _ = put(store, "a", b"one")
+    orphan = store.path(digest_of(b"orphan"))
+    orphan.parent.mkdir()
+    orphan.write_bytes(b"orphan")
+    (tmp_path / "incoming" / "half").write_bytes(b"ha")
+    store.close()
+    store = DeltaStore(tmp_path)
+    assert (objects(tmp_path), incoming(tmp_path)) == ({record.digest}, [])
+    store.close()
+
+
+def test_a_new_folder_of_objects_is_synced_with_its_parent(
+    store: DeltaStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(store_module, "sync_directory", synced.append)
+    record, _ = put(store, "a", b"one")
+    assert synced == [tmp_path / "objects", store.path(record.digest).parent]
+
+
+class BrokenRegistry:
+    """A connection that cannot write."""
+
+    def __init__(self, connection: sqlite3.Connection, *verbs: str) -> None:
+        self._connection = connection
+        self._verbs = verbs
+
+    def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+        if sql.startswith(self._verbs):
+            raise sqlite3.OperationalError("database or disk is full")
+        return self._connection.execute(sql, *arguments)
+
+    def __enter__(self) -> None:
+        self._connection.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._connection.__exit__(*error)
+
+
+def full(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("place", ["mkstemp", "fsync", "replace", "mkdir", "sync_directory", "registry"])
+def test_a_disk_that_is_full_anywhere_is_an_answer_and_nothing_is_kept(
+    store: DeltaStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    old, _ = put(store, "a", b"old")
+    with monkeypatch.context() as patch:
+        match place:
+            case "mkstemp":
+                patch.setattr(store_module.tempfile, "mkstemp", full)
+            case "fsync":
+                patch.setattr(os, "fsync", full)
+            case "replace":
+                patch.setattr(os, "replace", full)
+            case "mkdir":
+                patch.setattr(type(tmp_path), "mkdir", full)
+            case "sync_directory":
+                patch.setattr(store_module, "sync_directory", full)
+            case "registry":
+                patch.setattr(store, "_registry", BrokenRegistry(store._registry, "INSERT"))
+        with pytest.raises(StorageFull):
+            put(store, "a", b"new")
+    assert (objects(tmp_path), incoming(tmp_path), store.get("a")) == ({old.digest}, [], old)
+    assert put(store, "a", b"new")[0].version == 2
+
+
+@pytest.mark.parametrize("place", ["sync_directory", "registry"])
+def test_a_full_disk_does_not_take_bytes_that_another_name_has(
+    store: DeltaStore, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    record, _ = put(store, "a", b"one")
+    with monkeypatch.context() as patch:
+        if place == "registry":
+            patch.setattr(store, "_registry", BrokenRegistry(store._registry, "INSERT"))
+        else:
+            patch.setattr(store_module, "sync_directory", full)
+        with pytest.raises(StorageFull):
+            put(store, "b", b"one")
+    assert store.path(record.digest).read_bytes() == b"one"
+
+
+@pytest.mark.parametrize("verb", ["DELETE", "INSERT"])
+def test_a_registry_that_cannot_be_written_keeps_what_it_says(
+    store: DeltaStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
+) -> None:
+    record, _ = put(store, "a", b"one")
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_registry", BrokenRegistry(store._registry, verb))
+        with pytest.raises(StorageFull):
+            put(store, "a", b"two")
+        if verb == "DELETE":
+            with pytest.raises(StorageFull):
+                store.delete("a")
+    assert (store.records(), objects(tmp_path)) == ([record], {record.digest})
+    assert put(store, "a", b"three")[0].version == 2
+    assert objects(tmp_path) == {digest_of(b"three")}
+
+
+SMALL_DISK = """
+import resource, sys
+from pathlib import Path
+from deltaserve.deltas.store import DeltaStore
+from deltaserve.errors import StorageFull
+root = Path(sys.argv[1])
+store = DeltaStore(root)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))  # EFBIG beyond 64 KiB, without privileges
+refused = 0
+for i in range(60):
+    upload = store.begin_upload(1 << 30)
+    try:
+        upload.write(bytes([i]) * (1000 if i % 2 else 1 << 17))
+        digest = upload.finish(None)
+        store.commit(f"n{i}", upload, digest, {"filler": "x" * 4000})
+        print(f"n{i}", digest)
+    except StorageFull:
+        refused += 1
+    finally:
+        upload.close()
+assert not list((root / "incoming").iterdir())
+print("refused", refused)
+"""
+
+
+def test_a_file_size_limit_of_the_system_is_an_answer_and_what_was_acknowledged_is_there(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_DISK, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    *kept, (_, refused) = [line.split() for line in done.stdout.splitlines()]
+    assert int(refused) > 30  # the large ones, and small ones once the registry itself is full
+    store = DeltaStore(tmp_path)
+    assert {(record.name, record.digest) for record in store.records()} == {(name, digest) for name, digest in kept}
+    assert objects(tmp_path) == {digest for _, digest in kept}
+    store.close()
+
+
+CRASHING = """
+import hashlib, json, os, sys
+from pathlib import Path
+from deltaserve.deltas.store import DeltaStore
+
+def say(*words):
+    os.write(1, json.dumps(words).encode() + b"\\n")
+
+def work(i):
+    store = DeltaStore(Path(sys.argv[1]))
+    say("ready", os.getpid())
+    while True:
+        i += 1
+        upload = store.begin_upload(1 << 30)
+        data = hashlib.sha256(b"%d" % i).digest() * 3000
+        for start in range(0, len(data), 8192):
+            upload.write(data[start : start + 8192])
+        record, _ = store.commit(f"n{i % 3}", upload, upload.finish(None), {"i": i})
+        upload.close()
+        say("kept", i, record.name, record.digest)
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        work(int(line))
+    os.waitpid(child, 0)
+    say("gone")
+"""
+
+
+def test_a_kill_at_any_point_keeps_what_was_acknowledged_and_nothing_half(tmp_path: Path) -> None:
+    chance, last, kept = random.Random(5), 0, {}
+    command = [sys.executable, "-c", CRASHING, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        for _ in range(12):
+            process.stdin.write(f"{last}\n")
+            process.stdin.flush()
+            ready, pid = json.loads(process.stdout.readline())
+            assert ready == "ready"
+            deadline = time.monotonic() + chance.uniform(0.0, 0.06)
+            while time.monotonic() < deadline:
+                pass
+            os.kill(pid, signal.SIGKILL)
+            for line in iter(process.stdout.readline, '["gone"]\n'):
+                _, last, name, _ = json.loads(line)
+                kept[name] = last
+            last, kept = check_store(tmp_path, last, kept)
+    assert last > 10
+
+
+def check_store(root: Path, last: int, kept: dict[str, int]) -> tuple[int, dict[str, int]]:
+    """Opens it again: every acknowledged upload or the one after it is there, and no file beside."""
+    store = DeltaStore(root)
+    records = {record.name: record for record in store.records()}
+    found = {name: record.summary["i"] for name, record in records.items()}
+    assert all(found[name] in (i, last + 1) for name, i in kept.items())
+    for record in records.values():
+        assert digest_of(store.path(record.digest).read_bytes()) == record.digest
+    assert objects(root) == {record.digest for record in records.values()}
+    assert incoming(root) == []
+    store.close()
+    return max([last, *found.values()]), found

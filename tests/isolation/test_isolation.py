@@ -1,0 +1,326 @@
+"""A request alone ≡ the same request among other tenants, whatever happens to them.
+
+Tolerance: logits of a float32 base agree to 1e-5 of the largest logit. The rest is the order of additions inside a
+matrix product, which depends on the number of rows. Greedy tokens are equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from deltaserve.codecs.registry import Budget, make_codec
+from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.deltas.compress import compress
+from deltaserve.deltas.residency import Limits, Residency
+from deltaserve.deltas.store import DeltaStore, Record
+from deltaserve.errors import DeltaLoadFailed, ModelNotFound
+
+from .rig import CPU, Rig, load, make_request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from deltaserve.engine.types import Request
+    from deltaserve.model.load import ServedModel
+
+TOLERANCE = 1e-5
+PROMPT = [5, 9, 200, 31, 77, 4, 4, 120]
+CODECS: dict[str, tuple[str, Budget, dict[str, Any]]] = {
+    "sign": ("bitdelta", Budget(), {"scale": "row"}),
+    "svd": ("delta-svd", Budget(rank=4), {}),
+    "sparse": ("dare", Budget(), {"group": 4}),
+    "grown": ("bitdelta", Budget(), {}),
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "sign": {"norms": True},
+    "svd": {"untie": True},
+    "sparse": {"norms": False, "embedding_rows": (4, 9)},
+    "grown": {"added_tokens": ("<|x|>", "<|y|>"), "embedding_rows": (77,)},
+}
+
+
+@pytest.fixture(scope="module")
+def artifacts(
+    tiny_base: Path, make_finetune: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """Four tenants of different codecs, and a second version of the first."""
+    folder = tmp_path_factory.mktemp("tenants")
+    found = {}
+    for seed, name in enumerate([*CODECS, "sign-2"]):
+        codec, budget, options = CODECS[name.removesuffix("-2")]
+        tuned = make_finetune(tiny_base, folder / name, scale=0.1, seed=seed, **SHAPES[name.removesuffix("-2")])
+        path = folder / f"{name}.safetensors"
+        made = make_codec(codec, budget, options)
+        compress(Checkpoint.open(tiny_base), Checkpoint.open(tuned), made, path, seed=seed)
+        found[name] = path.read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base: Path) -> ServedModel:
+    return load(tiny_base, kv_slots=256)
+
+
+class Town(Rig):
+    """A rig whose deltas are in a store and come and go by residency."""
+
+    def __init__(self, model: ServedModel, root: Path, max_deltas: int = 4, host: int = 8, **options: Any) -> None:
+        self.residency = Residency(
+            lambda digest: self.store.path(digest), CPU, Limits(max_deltas, host), on_ready=lambda: self.ready.set()
+        )
+        self.store = DeltaStore(root, on_removed=lambda digest: self.residency.discard([digest]))
+        super().__init__(model, self.residency, self.residency.slots, **options)
+
+    def upload(self, name: str, data: bytes) -> Record:
+        upload = self.store.begin_upload(1 << 24)
+        upload.write(data)
+        record, _ = self.store.commit(name, upload, upload.finish(None), {})
+        upload.close()
+        return record
+
+    def ask(self, name: str | None, *, prompt: list[int] = PROMPT, max_tokens: int = 6, **params: Any) -> Request:
+        digest = None if name is None else self.store.get(name).digest
+        return make_request(prompt, digest, max_tokens=max_tokens, **params)
+
+    def close(self) -> None:
+        assert self.residency.counts()["pinned"] == 0
+        self.residency.close()
+        self.store.close()
+
+
+@pytest.fixture
+def make_town(model: ServedModel, artifacts: dict[str, bytes], tmp_path: Path) -> Iterator[Callable[..., Town]]:
+    towns: list[Town] = []
+
+    def make(**options: Any) -> Town:
+        towns.append(Town(model, tmp_path / str(len(towns)), **options))
+        for name in CODECS:
+            towns[-1].upload(name, artifacts[name])
+        return towns[-1]
+
+    yield make
+    for town in towns:
+        town.close()
+
+
+@pytest.fixture
+def alone(make_town: Callable[..., Town]) -> dict[str | None, tuple[list[int], torch.Tensor]]:
+    """Tokens and logits of each tenant and the base, one at a time in an otherwise empty server."""
+    town = make_town()
+    found: dict[str | None, tuple[list[int], torch.Tensor]] = {}
+    for name in (None, *CODECS):
+        request = town.ask(name)
+        town.run(request)
+        found[name] = (town.answer(request), town.logits(request))
+    assert len({tuple(tokens) for tokens, _ in found.values()}) > 2  # the tenants do differ
+    return found
+
+
+def check(town: Rig, request: Request, expected: tuple[list[int], torch.Tensor]) -> None:
+    tokens, logits = expected
+    assert town.answer(request) == tokens
+    found = town.logits(request)
+    assert found.shape == logits.shape
+    assert float((found - logits).abs().max()) <= TOLERANCE * float(logits.abs().max())
+
+
+@pytest.mark.parametrize("budget", [5, 24, 256])
+@pytest.mark.parametrize("max_deltas", [1, 2, 4])
+def test_alone_is_the_same_as_among_all_others(
+    make_town: Callable[..., Town], alone: Any, budget: int, max_deltas: int
+) -> None:
+    """With fewer slots than tenants, each is evicted and loaded again between the two rounds."""
+    town = make_town(max_deltas=max_deltas, budget=budget)
+    for _ in range(2):
+        requests = {name: town.ask(name) for name in (*CODECS, None)}
+        town.run(*requests.values())
+        for name, request in requests.items():
+            check(town, request, alone[name])
+
+
+def test_a_preempted_neighbour_changes_nothing(make_town: Callable[..., Town], alone: Any) -> None:
+    town = make_town(num_blocks=9)
+    requests = {name: town.ask(name) for name in (*CODECS, None)}
+    town.run(*requests.values())
+    assert town.scheduler.num_preemptions > 0
+    for name, request in requests.items():
+        check(town, request, alone[name])
+
+
+def test_a_cancelled_neighbour_changes_nothing(make_town: Callable[..., Town], alone: Any) -> None:
+    town = make_town()
+    gone, stays = town.ask("svd", max_tokens=50), town.ask("sign")
+    for request in (gone, stays):
+        town.scheduler.add(request)
+    while stays.num_generated < 2:
+        town.ready.clear()
+        if not town.step():
+            assert town.ready.wait(20)
+    town.scheduler.remove(gone)
+    town.run()
+    check(town, stays, alone["sign"])
+
+
+def test_a_new_version_serves_new_requests_and_the_running_one_keeps_its_own(
+    make_town: Callable[..., Town], artifacts: dict[str, bytes], alone: Any
+) -> None:
+    town = make_town(max_deltas=2)
+    old = town.store.lease("sign")
+    running = town.ask("sign")
+    town.scheduler.add(running)
+    while running.num_generated < 2:
+        town.ready.clear()
+        if not town.step():
+            assert town.ready.wait(20)
+    town.upload("sign", artifacts["sign-2"])
+    new, neighbour = town.ask("sign"), town.ask("svd")
+    assert new.digest != old.digest
+    town.run(new, neighbour)
+    check(town, running, alone["sign"])
+    check(town, neighbour, alone["svd"])
+    fresh = make_town()
+    fresh.upload("sign", artifacts["sign-2"])
+    expected = fresh.ask("sign")
+    fresh.run(expected)
+    check(town, new, (fresh.answer(expected), fresh.logits(expected)))
+    town.store.release(old.digest)
+
+
+def test_blocks_of_another_tenant_show_nothing_even_if_they_are_poisoned(
+    make_town: Callable[..., Town], alone: Any
+) -> None:
+    town = make_town(max_deltas=2)
+    for name in CODECS:
+        town.run(town.ask("grown", prompt=PROMPT * 3), town.ask(None, prompt=PROMPT * 2))
+        town.poison_cache()
+        requests = {other: town.ask(other) for other in (name, None)}
+        town.run(*requests.values())
+        for other, request in requests.items():
+            check(town, request, alone[other])
+
+
+def test_a_longer_poisoned_neighbour_in_the_same_batch_shows_nothing(
+    make_town: Callable[..., Town], alone: Any
+) -> None:
+    """Decoding pads the shorter context: with rows of its own, not with another's."""
+    town = make_town()
+    poisoned, victim = town.ask(None, prompt=PROMPT * 3, max_tokens=12), town.ask("sign")
+    town.scheduler.add(poisoned)
+    town.step()
+    town.poison_cache()
+    town.run(victim)
+    assert not bool(torch.stack(town.runner.logits[poisoned.id])[-1].isfinite().any())
+    check(town, victim, alone["sign"])
+
+
+def test_a_slot_that_is_used_again_holds_nothing_of_its_former_tenant(make_town: Callable[..., Town]) -> None:
+    town = make_town(max_deltas=1, host=1)
+    town.run(town.ask("sparse"))
+    former = town.residency.slots[0]
+    assert former is not None
+    town.run(town.ask("svd"))
+    held = town.residency.slots[0]
+    assert held is not None
+
+    def addresses(delta: Any) -> set[int]:
+        tensors = [override.values for override in delta.overrides.values()]
+        parts = [part for terms in delta.layers.values() for term in terms for part in _coded(term)]
+        return {tensor.data_ptr() for tensor in [*tensors, *(t for part in parts for t in part.tensors().values())]}
+
+    assert held is not former
+    assert addresses(held).isdisjoint(addresses(former))
+    assert held.overrides.keys().isdisjoint({"model.embed_tokens.weight"})
+
+
+def _coded(term: Any) -> list[Any]:
+    return [term.left, term.right] if hasattr(term, "left") else [term]
+
+
+def test_a_former_tenant_with_poisoned_weights_does_not_reach_the_next_one(
+    make_town: Callable[..., Town], alone: Any
+) -> None:
+    town = make_town(max_deltas=1, host=1)
+    town.run(town.ask("sign"))
+    former = town.residency.slots[0]
+    assert former is not None
+    for override in former.overrides.values():
+        override.values.fill_(torch.nan)
+    requests = {name: town.ask(name) for name in ("sparse", "svd", "grown")}
+    town.run(*requests.values())
+    for name, request in requests.items():
+        check(town, request, alone[name])
+
+
+def test_a_damaged_delta_fails_its_request_and_is_never_served_by_the_base(
+    make_town: Callable[..., Town], alone: Any
+) -> None:
+    town = make_town(max_deltas=2)
+    path = town.store.path(town.store.get("svd").digest)
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    bad, good, base = town.ask("svd"), town.ask("sign"), town.ask(None)
+    town.run(bad, good, base)
+    assert isinstance(town.errors[bad.id], DeltaLoadFailed)
+    assert bad.num_generated == 0
+    check(town, good, alone["sign"])
+    check(town, base, alone[None])
+
+
+def test_an_unknown_or_deleted_delta_is_an_error_and_never_the_base(make_town: Callable[..., Town]) -> None:
+    town = make_town()
+    with pytest.raises(ModelNotFound):
+        town.ask("nobody")
+    late = town.ask("svd")
+    unknown = make_request(PROMPT, hashlib.sha256(b"unknown").hexdigest())
+    town.store.delete("svd")
+    town.run(late, unknown)
+    for request in (late, unknown):
+        assert isinstance(town.errors[request.id], DeltaLoadFailed)
+        assert request.num_generated == 0
+
+
+def test_a_slot_that_was_emptied_under_a_request_stops_the_step(make_town: Callable[..., Town]) -> None:
+    town = make_town()
+    request = town.ask("sign")
+    town.scheduler.add(request)
+    while not request.pinned:
+        town.ready.clear()
+        if not town.step():
+            assert town.ready.wait(20)
+    held, town.residency.slots[request.slot] = town.residency.slots[request.slot], None
+    with pytest.raises(LookupError):
+        town.step()
+    town.residency.slots[request.slot] = held
+    town.scheduler.remove(request)
+
+
+def test_a_seeded_request_draws_the_same_among_other_tenants(make_town: Callable[..., Town]) -> None:
+    town = make_town()
+    single = town.ask("sign", temperature=1.0, seed=3)
+    town.run(single)
+    among = town.ask("sign", temperature=1.0, seed=3)
+    town.run(*(town.ask(name, temperature=1.0, seed=i) for i, name in enumerate(CODECS)), among)
+    assert town.answer(among) == town.answer(single)
+
+
+def test_a_flood_of_one_tenant_does_not_keep_another_waiting_for_a_load(make_town: Callable[..., Town]) -> None:
+    """The newcomer is let in as soon as its delta is there and a seat is free, though the flood never ends."""
+    town = make_town(max_deltas=2)
+    town.run(town.ask("svd"), town.ask("sign"))
+    victim = town.ask("sign", max_tokens=2)
+    steps = 0
+    town.scheduler.add(victim)
+    while victim.num_generated < 2 and steps < 100:
+        if len(town.scheduler) < 6:
+            town.scheduler.add(town.ask("svd", max_tokens=3))
+        town.step()
+        steps += 1
+    assert steps <= 10
+    for request in list(town.scheduler):
+        town.scheduler.remove(request)
