@@ -12,7 +12,7 @@ from deltaserve.deltas.compress import compress
 from deltaserve.engine.templates import TemplateRenderer
 from deltaserve.engine.text import Sink, TextSide
 from deltaserve.engine.types import SamplingParams
-from deltaserve.errors import NotFound
+from deltaserve.errors import ContextLengthExceeded, NotFound
 from deltaserve.ids import DeltaDigest
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def text(tiny_base: Path, tiny_finetune: Path, tmp_path_factory: pytest.TempPath
             raise NotFound("gone")
         return artifact.manifest
 
-    side = TextSide(base, base.config["vocab_size"], TemplateRenderer(), manifest_of)
+    side = TextSide(base, base.config["vocab_size"], 64, TemplateRenderer(), manifest_of)
     yield side
     side.close()
 
@@ -104,3 +104,9 @@ def test_a_stop_string_that_may_not_stop_yet_is_text(text: TextSide) -> None:
     told = [sink.push(token, False) for token in ids]
     assert {stopped for _, stopped in told} == {None}
     assert "".join(piece for piece, _ in told) + sink.finish() == "base base"
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(text: TextSide) -> None:
+    with pytest.raises(ContextLengthExceeded, match=r"context is 64 tokens; the prompt has at least \d+"):
+        text.encode(text.base_profile, "word " * 10**6)
+    assert text.encode(text.base_profile, "word " * 3)
