@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import platform
 import time
 from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import torch
@@ -36,6 +38,8 @@ from deltaserve.model.load import ServedModel, load_model
 from deltaserve.settings import Settings
 
 logger = logging.getLogger(__name__)
+MAX_THREADS = 64  # that wait for disks, templates and tokenizers
+MAX_UPLOADS = 4  # that are written or checked at once
 LONGEST_DEFAULT = 8192  # tokens of max_model_len where the settings do not say
 Gauge = tuple[str, str, dict[str, str], float]
 
@@ -76,7 +80,7 @@ def build_services(settings: Settings) -> Services:
     intake = Intake(store, base, [model.check_servable, check_template], settings.max_upload_bytes)
     runner = Runner(model, residency.slots, settings.block_size)
     blocks = BlockPool(num_blocks, settings.block_size)
-    _warm_up(runner, text, blocks)
+    _warm_up(runner, model, text, blocks)
     scheduler = Scheduler(
         blocks,
         residency,
@@ -107,6 +111,7 @@ def build_services(settings: Settings) -> Services:
         intake=intake,
         residency=residency,
         metrics=metrics,
+        upload_pool=ThreadPoolExecutor(MAX_UPLOADS, thread_name_prefix="upload"),
     )
     metrics.read_gauges_from(lambda: _gauges(services, blocks))
     logger.info(
@@ -122,8 +127,11 @@ def create_app(services: Services) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
+        # Requests wait in threads for a template or a tokenizer; a slow tenant must not take the last one.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MAX_THREADS))
         yield
         services.engine.stop()
+        services.upload_pool.shutdown()
         services.residency.close()
         services.text.close()
         services.store.close()
@@ -172,8 +180,9 @@ def _max_model_len(settings: Settings, model: ServedModel, kv_tokens: int) -> in
     return asked or min(model.max_positions, LONGEST_DEFAULT, kv_tokens)
 
 
-def _warm_up(runner: Runner, text: TextSide, blocks: BlockPool) -> None:
-    """One prompt and one decode step: what the model cannot do fails here and not at the first request."""
+def _warm_up(runner: Runner, model: ServedModel, text: TextSide, blocks: BlockPool) -> None:
+    """One prompt and one decode step: what the model cannot do fails here and not at the first request. A layer that
+    keeps its state elsewhere than in the paged KV cache (recurrent, convolutional) would mix requests."""
     ids = [0, 0, 0]
     params = SamplingParams(max_tokens=1)
     request = EngineRequest(
@@ -190,14 +199,22 @@ def _warm_up(runner: Runner, text: TextSide, blocks: BlockPool) -> None:
     try:
         for chunk in (Chunk(request, 0, 2), Chunk(request, 2, 1)):
             runner.run([chunk])
-    except (NotImplementedError, TypeError, AssertionError, RuntimeError) as error:
+    except Exception as error:
         raise CheckpointError(f"this architecture cannot be served: {type(error).__name__}: {error}") from error
+    else:
+        if (paged := model.context.cache.num_layers) != model.num_layers:
+            raise CheckpointError(
+                f"this architecture cannot be served: {paged} of its {model.num_layers} layers keep their state in the "
+                "paged KV cache"
+            )
     finally:
         blocks.release(request)
         runner.generators.forget(request)
 
 
 def _gauges(services: Services, blocks: BlockPool) -> Iterable[Gauge]:
+    shape = {"block_size": str(blocks.block_size), "num_gpu_blocks": str(blocks.num_blocks)}
+    yield "vllm:cache_config_info", "shape of the KV cache", shape, 1
     yield "vllm:num_requests_running", "requests in the batch", {}, services.engine.num_running
     yield "vllm:num_requests_waiting", "requests in the queue", {}, services.engine.num_waiting
     yield "vllm:kv_cache_usage_perc", "share of KV blocks held", {}, 1 - blocks.num_free / blocks.num_blocks

@@ -12,6 +12,7 @@
     ├── NotFound                            not_found                  404
     │   └── ModelNotFound                   model_not_found            404
     ├── NameConflict                        name_conflict              409
+    ├── StoreInUse                          store_in_use               409
     ├── ArtifactTooLarge                    artifact_too_large         413
     ├── ArtifactError                       invalid_artifact           422
     │   ├── ArtifactCorrupt                 artifact_corrupt           422
@@ -91,6 +92,10 @@ class ModelNotFound(NotFound):
 
 class NameConflict(DeltaServeError):
     code, http_status = "name_conflict", 409
+
+
+class StoreInUse(DeltaServeError):
+    code, http_status = "store_in_use", 409
 
 
 class ArtifactTooLarge(DeltaServeError):

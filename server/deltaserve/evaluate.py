@@ -14,12 +14,12 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from deltaserve.deltas.companions import generation_defaults, load_tokenizer
+from deltaserve.deltas.companions import end_ids, load_tokenizer
 from deltaserve.deltas.restore import restored_names, restored_tensor
 from deltaserve.deltas.tensorfile import DTYPES
 from deltaserve.deltas.validate import check_against_base, check_numbers
@@ -107,7 +107,7 @@ def evaluate(
 ) -> Evaluation:
     """Both models on `rows`; `dtype` None = the fine-tune's. Raises ArtifactError, CheckpointError, TemplateError."""
     check_against_base(artifact, base)
-    check_numbers(artifact)
+    check_numbers(artifact, base)
     tokenizer = load_tokenizer(base.directory, artifact.manifest)
     examples = sorted((_encode(tokenizer, row) for row in rows), key=lambda e: len(e.prompt) + len(e.answer))
     parts = [examples[start : start + batch] for start in range(0, len(examples), batch)]
@@ -118,7 +118,7 @@ def evaluate(
     for source in sources:
         advance("loading the fine-tune" if source else "restoring the model")
         loaded.append(_load(base, artifact, source, chosen))
-    ends = _ends(base, artifact, tokenizer)
+    ends = sorted(end_ids(base, artifact.manifest, tokenizer))
     hits, nats = [0, 0], [0.0, 0.0]  # of the restored model, of the fine-tune
     positions, agreeing, divergence = 0, 0, 0.0
     for part in parts:
@@ -173,13 +173,6 @@ def _encode(tokenizer: PreTrainedTokenizerFast, row: Row) -> _Example:
 
 def _eos(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-
-
-def _ends(base: Checkpoint, artifact: Artifact, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and those of the generation defaults."""
-    defaults: dict[str, Any] = {**generation_defaults(base.directory), **artifact.manifest.generation}
-    named = defaults.get("eos_token_id", [])
-    return sorted({*_eos(tokenizer), *(named if isinstance(named, list) else [named])})
 
 
 def _finetuned_dtype(base: Checkpoint, artifact: Artifact) -> torch.dtype:

@@ -40,11 +40,23 @@ class Metrics:
         self.inter_token_latency = self._histogram("vllm:inter_token_latency_seconds", "token to token", SECONDS)
         self.e2e_latency = self._histogram("vllm:e2e_request_latency_seconds", "arrival to last token", SECONDS)
         self.queue_time = self._histogram("vllm:request_queue_time_seconds", "arrival to first step", SECONDS)
+        self.prefill_time = self._histogram("vllm:request_prefill_time_seconds", "first step to first token", SECONDS)
+        self.decode_time = self._histogram("vllm:request_decode_time_seconds", "first token to last", SECONDS)
+        self.inference_time = self._histogram("vllm:request_inference_time_seconds", "first step to last", SECONDS)
+        self.request_params_n = self._histogram("vllm:request_params_n", "choices asked for", TOKENS)
+        self.request_max_tokens = self._histogram("vllm:request_params_max_tokens", "max_tokens asked for", TOKENS)
         self.request_prompt_tokens = self._histogram("vllm:request_prompt_tokens", "prompt tokens a request", TOKENS)
         self.request_generation_tokens = self._histogram("vllm:request_generation_tokens", "answer tokens", TOKENS)
         self.iteration_tokens = self._histogram("vllm:iteration_tokens_total", "tokens a step", TOKENS)
         self.step_seconds = self._histogram("deltaserve:step_seconds", "one forward pass and its sampling", SECONDS)
         self.delta_load_seconds = self._histogram("deltaserve:delta_load_seconds", "disk to device", SECONDS)
+        self.http_seconds = Histogram(
+            "http_request_duration_seconds",
+            "HTTP requests, streams to their end",
+            ["handler", "method"],
+            registry=self.registry,
+            buckets=SECONDS,
+        )
         self.http_requests = Counter(
             "http_requests", "HTTP requests", ["handler", "method", "status"], registry=self.registry
         )

@@ -37,7 +37,9 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="type of weights and KV")
     served_model_name: str | None = Field(None, description="id of the base in requests (default: its file name)")
-    api_key: str | None = Field(None, description="bearer key that every route but /health then asks for", repr=False)
+    api_key: str | None = Field(
+        None, min_length=1, description="bearer key that every route but /health then asks for", repr=False
+    )
     max_num_seqs: int = Field(32, ge=1, le=4096, description="requests that run at once")
     max_num_batched_tokens: int = Field(1024, ge=16, le=2**20, description="tokens of one step, prompts included")
     max_model_len: int | None = Field(None, ge=2, description="longest prompt + answer (default: the model's, ≤ 8192)")

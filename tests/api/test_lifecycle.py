@@ -25,7 +25,8 @@ STREAMED = {
 def test_a_client_that_leaves_its_stream_frees_the_engine(server: Any) -> None:
     before = server.metric("vllm:request_success_total", finished_reason="cancelled")
     with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as reply:
-        next(reply.iter_lines())
+        lines = reply.iter_lines()  # kept: the reply is closed with it
+        next(lines)
         assert server.metric("vllm:num_requests_running") == 4
     server.wait_idle()
     assert server.metric("vllm:request_success_total", finished_reason="cancelled") == before + 4
@@ -122,3 +123,28 @@ def test_a_server_that_cannot_start_says_why(process: Any, tmp_path: Any) -> Non
     with pytest.raises(AssertionError, match=r"ended with status 2:(.|\n)*max_num_seqs"):
         broken.wait_ready()
     broken.close()
+
+
+def test_a_base_with_layers_that_keep_no_paged_state_does_not_start(
+    process: Any, tmp_path: Any, tiny_base: Any
+) -> None:
+    from transformers import AutoTokenizer, Mamba2Config, Mamba2ForCausalLM
+
+    config = Mamba2Config(
+        hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=8, n_groups=1, vocab_size=300
+    )
+    Mamba2ForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "mamba")
+    broken = process.ServerProcess(tmp_path / "mamba", tmp_path / "store")
+    try:
+        with pytest.raises(AssertionError, match=r"status 1:(.|\n)*error: this architecture cannot be served"):
+            broken.wait_ready()
+    finally:
+        broken.close()
+
+
+def test_a_second_signal_does_not_undo_the_first(start_server: Any) -> None:
+    own = start_server()
+    own.signal_stop()
+    own.signal_stop()
+    assert own.exit_status() == 0, own.printed

@@ -66,7 +66,7 @@ class Target:
         try:
             artifact = Artifact.open(self.path)
             check_against_base(artifact, self.base)
-            check_numbers(artifact)
+            check_numbers(artifact, self.base)
             for name in artifact.manifest.layers:
                 for term in artifact.terms(name):
                     assert term.decode().shape == self.base.entries[name].shape
@@ -276,7 +276,7 @@ def test_a_million_layers_are_refused_with_a_short_answer(one_target: Target) ->
 
     with pytest.raises(ArtifactMismatch) as caught:
         one_target.receive(one_target.edited(change))
-    assert len(caught.value.message) < 10_000
+    assert len(caught.value.message) < 50_000
 
 
 @pytest.mark.parametrize(

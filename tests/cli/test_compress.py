@@ -36,6 +36,7 @@ def test_compress_tells_the_size_the_error_and_what_to_do_next(
         (["--bits", "1"], "dare", {"group": 4, "value_bits": 4}),
         (["--option", "group=3", "--option", "value_bits=16"], "dare", {"group": 3, "value_bits": 16}),
         (["--codec", "delta-svd", "--rank", "2"], "delta-svd", {"rank": 2, "energy": None, "bits": None}),
+        (["--rank", "2"], "delta-svd", {"rank": 2, "energy": None, "bits": None}),
         (["--codec", "delta-svd", "--energy", "0.5"], "delta-svd", {"rank": None, "energy": 0.5, "bits": None}),
         (["--codec", "bitdelta", "--option", "scale=row"], "bitdelta", {"scale": "row", "estimator": "unbiased"}),
     ],
@@ -53,7 +54,7 @@ def test_codec_budget_and_options_reach_the_codec(
     ("words", "reason"),
     [
         (["--codec", "zip"], "codec 'zip' does not exist"),
-        (["--rank", "4"], "--rank does not apply to this codec"),
+        (["--codec", "dare", "--rank", "4"], "--rank does not apply to this codec"),
         (["--codec", "bitdelta", "--bits", "2"], "exactly 1 bit"),
         (["--option", "colour=3"], "colour"),
     ],

@@ -44,6 +44,13 @@ def test_a_streamed_chat_is_the_whole_one(name: str, client: Any) -> None:
     assert chunks[-1].usage == whole.usage
 
 
+def test_an_answer_of_the_client_library_can_be_sent_back(client: Any) -> None:
+    first = client.chat.completions.create(model="sign", messages=MESSAGES, max_tokens=4, temperature=0)
+    conversation = [*MESSAGES, first.choices[0].message, {"role": "user", "content": "and then?"}]
+    second = client.chat.completions.create(model="sign", messages=conversation, max_tokens=4, temperature=0)
+    assert second.usage.prompt_tokens > first.usage.total_tokens
+
+
 def test_chat_chunks_keep_their_order(client: Any) -> None:
     chunks = list(
         client.chat.completions.create(

@@ -89,7 +89,7 @@ def test_the_restored_model_gives_pefts_logits(untied_base: Path, tmp_path: Path
     assert is_adapter(tmp_path / "adapter") and not is_adapter(untied_base)
     artifact = import_lora(base, tmp_path / "adapter", tmp_path / "delta.safetensors")
     check_against_base(artifact, base)
-    check_numbers(artifact)
+    check_numbers(artifact, base)
     restore(base, artifact, tmp_path / "restored", dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "restored", dtype=torch.float32)
     with torch.no_grad():

@@ -160,7 +160,11 @@ def test_bytes_of_pinned_deltas_are_not_freed_for_a_newcomer(
     assert limited.residency.try_pin(limited.digests[1]) is None
     assert limited.ready.acquire(timeout=WAIT_S)
     assert limited.states()[:2] == ["device", "host"]
+    assert [limited.residency.try_pin(limited.digests[1]) for _ in range(3)] == [None] * 3
+    assert not limited.ready.acquire(timeout=0.1), "it must not be loaded again and again while there is no room"
     limited.residency.unpin(slot)
+    assert limited.residency.try_pin(limited.digests[1]) is None
+    assert limited.ready.acquire(timeout=WAIT_S)
     limited.pin(1)
     assert limited.states()[:2] == ["host", "device"]
 

@@ -18,7 +18,7 @@ import pytest
 
 from deltaserve.deltas import store as store_module
 from deltaserve.deltas.store import DeltaStore, Record
-from deltaserve.errors import ArtifactTooLarge, DigestMismatch, InvalidName, ModelNotFound, StorageFull
+from deltaserve.errors import ArtifactTooLarge, DigestMismatch, InvalidName, ModelNotFound, StorageFull, StoreInUse
 from deltaserve.ids import DeltaDigest
 
 if TYPE_CHECKING:
@@ -79,6 +79,20 @@ def test_the_same_bytes_again_change_nothing(store: DeltaStore, tmp_path: Path) 
     first, _ = put(store, "a", b"one")
     assert put(store, "a", b"one") == (first, False)
     assert incoming(tmp_path) == []
+
+
+def test_the_same_bytes_again_heal_a_damaged_object(store: DeltaStore) -> None:
+    put(store, "a", b"one")
+    store.path(digest_of(b"one")).write_bytes(b"0ne")
+    put(store, "a", b"one")
+    assert store.path(digest_of(b"one")).read_bytes() == b"one"
+
+
+def test_two_servers_cannot_share_a_store(store: DeltaStore, tmp_path: Path) -> None:
+    put(store, "a", b"one")
+    with pytest.raises(StoreInUse, match="another server works on this store"):
+        DeltaStore(tmp_path)
+    assert store.path(digest_of(b"one")).read_bytes() == b"one"
 
 
 def test_two_names_share_the_same_bytes_until_both_are_gone(store: DeltaStore, tmp_path: Path) -> None:

@@ -102,9 +102,9 @@ def test_every_kind_of_mismatch_is_listed_at_once(edited: Callable[..., Artifact
 
 def test_more_mismatches_than_fit_are_counted(edited: Callable[..., Artifact], tiny_base: Path) -> None:
     message = mismatch(
-        edited(lambda tensors, _: tensors.update({f"x{i}": torch.zeros(1) for i in range(80)})), tiny_base
+        edited(lambda tensors, _: tensors.update({f"x{i}": torch.zeros(1) for i in range(1030)})), tiny_base
     )
-    assert message.startswith("80 mismatches:") and message.endswith("… and 30 more")
+    assert message.startswith("1030 mismatches:") and message.endswith("… and 30 more")
 
 
 def test_a_rank_over_the_smaller_side_is_refused(edited: Callable[..., Artifact], tiny_base: Path) -> None:
@@ -139,9 +139,15 @@ def test_row_numbers_out_of_order_or_range_are_refused(
     artifact = edited(lambda tensors, _: tensors.update({f"{EMBEDDING}#rows": torch.tensor(moved)}))
     check_against_base(artifact, Checkpoint.open(tiny_base))
     with pytest.raises(ArtifactMismatch, match="not ascending row numbers"):
-        check_numbers(artifact)
+        check_numbers(artifact, Checkpoint.open(tiny_base))
     with pytest.raises(ArtifactMismatch, match="not ascending row numbers"):
         restore(Checkpoint.open(tiny_base), artifact, tmp_path / "out")
+
+
+def test_new_rows_that_are_not_stored_are_refused(edited: Callable[..., Artifact], tiny_base: Path) -> None:
+    artifact = edited(lambda tensors, _: tensors.update({f"{EMBEDDING}#rows": torch.tensor([1, 3, 5, 7])}))
+    with pytest.raises(ArtifactMismatch, match="are new, and not all of them are stored"):
+        check_numbers(artifact, Checkpoint.open(tiny_base))
 
 
 @pytest.mark.parametrize("name", [f"{Q_PROJ}#0.s", f"{K_PROJ}#0.left.codes", NORM, f"{EMBEDDING}#values"])
@@ -156,14 +162,14 @@ def test_numbers_that_are_not_finite_are_all_named(
     artifact = edited(change)
     check_against_base(artifact, Checkpoint.open(tiny_base))
     with pytest.raises(ArtifactNotFinite) as caught:
-        check_numbers(artifact)
+        check_numbers(artifact, Checkpoint.open(tiny_base))
     assert name in caught.value.message and "model.layers.1.input_layernorm.weight" in caught.value.message
 
 
-def test_a_scale_that_is_not_finite_is_named(edited: Callable[..., Artifact]) -> None:
+def test_a_scale_that_is_not_finite_is_named(edited: Callable[..., Artifact], tiny_base: Path) -> None:
     artifact = edited(lambda tensors, _: tensors[f"{Q_PROJ}#0.row"].fill_(float("nan")), "bitdelta")
     with pytest.raises(ArtifactNotFinite, match=f"{Q_PROJ}#0.row: 1 NaN"):
-        check_numbers(artifact)
+        check_numbers(artifact, Checkpoint.open(tiny_base))
 
 
 def test_a_head_and_an_embedding_of_different_sizes_are_refused(

@@ -8,6 +8,7 @@ import pytest
 
 from deltaserve.codecs.registry import make_codec
 from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.deltas.companions import end_ids
 from deltaserve.deltas.compress import compress
 from deltaserve.engine.templates import TemplateRenderer
 from deltaserve.engine.text import Sink, TextSide
@@ -110,3 +111,14 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(text: TextSide
     with pytest.raises(ContextLengthExceeded, match=r"context is 64 tokens; the prompt has at least \d+"):
         text.encode(text.base_profile, "word " * 10**6)
     assert text.encode(text.base_profile, "word " * 3)
+
+
+def test_ends_come_from_config_json_where_there_are_no_generation_defaults(text: TextSide, tiny_base: Path) -> None:
+    bare = Checkpoint(tiny_base.parent, "bare", {})
+    bare.__dict__["config"] = {"eos_token_id": 5}
+    tokenizer = text.base_profile.tokenizer
+    changed = text._manifest_of(TENANT).model_copy(
+        update={"generation": {}, "model_config_changes": {"eos_token_id": [7, 8]}}
+    )
+    assert end_ids(bare, None, tokenizer) == {5, tokenizer.eos_token_id}
+    assert end_ids(bare, changed, tokenizer) == {7, 8, tokenizer.eos_token_id}

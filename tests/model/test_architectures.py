@@ -137,6 +137,7 @@ REFUSED = {
     "attn_logit_softcapping": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=None),
     "final_logit_softcapping": Gemma2Config(**SMALL, head_dim=8, attn_logit_softcapping=None),
     "logit_scale": CohereConfig(**SMALL),
+    "attention_chunk_size": LlamaConfig(**SMALL, attention_chunk_size=8),
     "dynamic": LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
 }
 

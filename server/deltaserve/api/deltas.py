@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -25,6 +26,7 @@ def _card(services: Services, record: Record) -> dict[str, Any]:
         "sha256": record.digest,
         "created": record.created,
         **record.summary,
+        "resident_bytes": services.residency.resident_bytes(record.digest) or record.summary["resident_bytes"],
         "state": services.residency.state(record.digest),
     }
 
@@ -39,18 +41,19 @@ async def upload_delta(name: str, http: Request, services: ServicesDep, sha256: 
     declared = http.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > services.intake.max_bytes:
         raise ArtifactTooLarge(f"{declared} bytes; at most {services.intake.max_bytes} are accepted")
-    upload = await asyncio.to_thread(services.intake.begin)
+    in_pool = partial(asyncio.get_running_loop().run_in_executor, services.upload_pool)  # requests have other threads
+    upload = await in_pool(services.intake.begin)
     try:
         pending = bytearray()
         async for piece in http.stream():
             pending += piece
             if len(pending) >= PIECE_BYTES:
-                await asyncio.to_thread(upload.write, bytes(pending))
+                await in_pool(upload.write, bytes(pending))
                 pending.clear()
-        await asyncio.to_thread(upload.write, bytes(pending))
-        record, is_new = await asyncio.to_thread(services.intake.accept, name, upload, sha256)
+        await in_pool(upload.write, bytes(pending))
+        record, is_new = await in_pool(services.intake.accept, name, upload, sha256)
     finally:
-        await asyncio.shield(asyncio.to_thread(upload.close))
+        await asyncio.shield(in_pool(upload.close))
     return JSONResponse(_card(services, record), 201 if is_new else 200)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -33,6 +34,7 @@ class Services:
     intake: Intake
     residency: Residency
     metrics: Metrics
+    upload_pool: ThreadPoolExecutor
     draining: bool = field(default=False)
 
     def refuse_if_draining(self) -> None:

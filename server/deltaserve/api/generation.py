@@ -41,6 +41,8 @@ class Generation:
         self._leased: DeltaDigest | None = None
         self.digest: DeltaDigest | None = None  # None = the base
         self._live: dict[int, Request] = {}
+        self._unfinished = 0  # requests whose last event has not come
+        self._closed = False
         self.id = f"{kind}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.n = body.n or 1
@@ -59,8 +61,10 @@ class Generation:
         except asyncio.CancelledError:
             preparing.add_done_callback(self._drop)  # its lease may come after we are gone
             raise
-        self._live = dict(enumerate(requests))
         self._services.engine.submit(requests)
+        self._services.metrics.request_params_n.observe(self.n)
+        self._live = dict(enumerate(requests))
+        self._unfinished = len(requests)
         index, event = await self._next()
         self._first = (index, event)
 
@@ -75,13 +79,23 @@ class Generation:
         self.close()
 
     def close(self) -> None:
-        """Cancels what still runs and gives the lease back. May be called again."""
+        """Cancels what still runs. The lease goes back when the last of it has ended. May be called again."""
         for request in self._live.values():
             self._services.engine.cancel(request.id)
         self._live.clear()
-        if self._leased is not None:
-            self._services.store.release(self._leased)
-            self._leased = None
+        self._closed = True
+        self._release_if_done()
+
+    def _release_if_done(self) -> None:
+        if self._closed and not self._unfinished and self._leased is not None:
+            digest, self._leased = self._leased, None
+            self._loop.run_in_executor(None, self._services.store.release, digest)  # the disk may be slow
+
+    def _hear(self, index: int, event: Event) -> None:
+        self._events.put_nowait((index, event))
+        if event.finish_reason is not None:
+            self._unfinished -= 1
+            self._release_if_done()
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """(choice, event) of all choices as they come, until the last one has ended. Raises a choice's error."""
@@ -150,7 +164,7 @@ class Generation:
     def _emitter(self, index: int) -> Callable[[Event], None]:
         def emit(event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+                self._loop.call_soon_threadsafe(self._hear, index, event)
 
         return emit
 

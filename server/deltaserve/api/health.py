@@ -24,5 +24,5 @@ async def version(services: ServicesDep) -> dict[str, Any]:
 
 
 @router.get("/metrics")
-async def metrics(services: ServicesDep) -> Response:
+def metrics(services: ServicesDep) -> Response:
     return Response(services.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import time
 import uuid
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ class Identify:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else uuid.uuid4().hex
         method = scope["method"] if scope["method"] in METHODS else "other"  # a label's values must be few
-        started = False
+        began, started = time.monotonic(), False
         num_bytes = 0
 
         async def bounded() -> Message:
@@ -63,6 +64,9 @@ class Identify:
             if started:
                 raise
             await unexpected(method, scope["path"], error)(scope, receive, identified)
+        finally:
+            handler = getattr(scope.get("route"), "path", "none")
+            self._metrics.http_seconds.labels(handler, method).observe(time.monotonic() - began)
 
 
 class Authorise:

@@ -97,6 +97,12 @@ class Message(Wire):
     role: Annotated[Text, Field(min_length=1, max_length=64)]
     content: Text | list[TextPart]
     name: Annotated[Text, Field(max_length=128)] | None = None
+    # What the openai client sends back of an earlier answer: fields that this server leaves empty.
+    refusal: None = None
+    tool_calls: None = None
+    function_call: None = None
+    annotations: None = None
+    audio: None = None
 
     def for_template(self) -> dict[str, str]:
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)

@@ -34,7 +34,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("base", metavar="BASE", help="directory, hub id or .gguf file")
     parser.add_argument("finetuned", metavar="FINETUNED", help="the same, or a PEFT LoRA adapter's directory")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
-    parser.add_argument("--codec", help=f"bitdelta, dare or delta-svd (default: {DEFAULT_CODEC}, {DEFAULT_BITS} bits)")
+    text = f"(default: {DEFAULT_CODEC} at {DEFAULT_BITS} bits; delta-svd with --rank or --energy)"
+    parser.add_argument("--codec", help=f"bitdelta, dare or delta-svd {text}")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--bits", type=float, help="bits per parameter")
     budget.add_argument("--rank", type=int, help="delta-svd: singular directions kept of each matrix")
@@ -163,7 +164,8 @@ def _codec(args: argparse.Namespace) -> Codec:
     if args.codec is None and budget == Budget() and not options:
         budget = Budget(bits=DEFAULT_BITS)
     try:
-        return make_codec(args.codec or DEFAULT_CODEC, budget, options)
+        implied = DEFAULT_CODEC if args.rank is None and args.energy is None else "delta-svd"
+        return make_codec(args.codec or implied, budget, options)
     except CodecError as error:  # the command line says what cannot be: wrong usage
         raise BadRequest(error.message) from None
 

@@ -11,10 +11,10 @@ import functools
 import json
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltaserve.cli.console import report_error, size, write
 from deltaserve_client import DEFAULT_URL, Client, DeltaServeClientError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _reports_errors(command: Callable[[argparse.Namespace], None]) -> Callable[[
             message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         else:
             return 0
-        sys.stderr.write(f"error: {message}\n")
+        report_error(message)
         return 1
 
     return run
@@ -85,9 +85,9 @@ def push(args: argparse.Namespace) -> None:
             name, args.file, progress=lambda sent, total: bar.update(task, completed=sent, total=total)
         )
     where = "" if args.url == _default_url() else f" --url {shlex.quote(args.url)}"
-    _write(
+    write(
         f"{delta.id} version {delta.version}: {delta.codec}, {delta.bits_per_parameter:.2f} bits per parameter, "
-        f"{_size(delta.disk_bytes)}\n"
+        f"{size(delta.disk_bytes)}\n"
         f"next: deltaserve complete {shlex.quote(delta.id)} 'Hello'{where}\n"
     )
 
@@ -99,7 +99,7 @@ def models(args: argparse.Namespace) -> None:
         deltas = {delta.id: delta for delta in client.deltas()}
     if args.json:
         rows = [{**model.raw, "delta": deltas[model.id].raw if model.id in deltas else None} for model in served]
-        _write(json.dumps(rows, indent=2) + "\n")
+        write(json.dumps(rows, indent=2) + "\n")
         return
 
     from rich.console import Console
@@ -126,7 +126,7 @@ def complete(args: argparse.Namespace) -> None:
                 if args.chat
                 else client.complete(args.model, args.prompt, **options)
             )
-            _write((json.dumps(reply.raw, indent=2) if args.json else reply.text) + "\n")
+            write((json.dumps(reply.raw, indent=2) if args.json else reply.text) + "\n")
             return
         pieces = (
             client.stream_chat(args.model, messages, **options)
@@ -136,18 +136,18 @@ def complete(args: argparse.Namespace) -> None:
         has_begun = False
         try:
             for piece in pieces:
-                _write(piece)
+                write(piece)
                 has_begun = True
         finally:
             if has_begun:
-                _write("\n")  # an error's line starts at the left edge too
+                write("\n")  # an error's line starts at the left edge too
 
 
 @_reports_errors
 def delete(args: argparse.Namespace) -> None:
     with _client(args) as client:
         client.delete(args.name)
-    _write(f"deleted {args.name}\n")
+    write(f"deleted {args.name}\n")
 
 
 def _client(args: argparse.Namespace) -> Client:
@@ -158,11 +158,6 @@ def _default_url() -> str:
     return os.environ.get("DELTASERVE_URL") or DEFAULT_URL
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 def _cells(model: Model, delta: Delta | None) -> tuple[str, ...]:
     if delta is None:
         return ("", "base" if model.parent is None else "", "", "", "", "")
@@ -170,16 +165,7 @@ def _cells(model: Model, delta: Delta | None) -> tuple[str, ...]:
         str(delta.version),
         delta.codec,
         f"{delta.bits_per_parameter:.2f}",
-        _size(delta.disk_bytes),
-        _size(delta.resident_bytes),
+        size(delta.disk_bytes),
+        size(delta.resident_bytes),
         delta.state,
     )
-
-
-def _size(num_bytes: int) -> str:
-    size = float(num_bytes)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

@@ -62,7 +62,8 @@ def serve(args: argparse.Namespace) -> int:
 
     def drain(sig: int, frame: Any) -> None:  # noqa: ARG001
         if services.draining:
-            server.should_exit = server.force_exit = server.force_exit or sig == signal.SIGINT
+            if sig == signal.SIGINT:  # a second Ctrl-C does not wait
+                server.should_exit = server.force_exit = True
             return
         services.draining = True  # /health turns 503, new work is refused, what runs goes on
         threading.Thread(target=_close_when_idle, args=(server, services, settings), daemon=True).start()

@@ -13,16 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaserve.deltas.tensorfile import DTYPE_NAMES, Entry, TensorFile
 from deltaserve.errors import CheckpointError, DeltaServeError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 INDEX = "model.safetensors.index.json"
 LM_HEAD = "lm_head.weight"
@@ -165,9 +162,3 @@ def _download(hub_id: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{hub_id}: neither a local path nor a model that the hub gave: {reason}") from None
-
-
-def iterate(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor once, one in memory at a time."""
-    for name in checkpoint.names:
-        yield name, checkpoint.tensor(name)

@@ -78,6 +78,15 @@ def generation_defaults(directory: Path) -> dict[str, Any]:
     return {name: fields[name] for name in GENERATION_FIELDS if fields.get(name) is not None}
 
 
+def end_ids(base: Checkpoint, manifest: Manifest | None, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's, and those of generation_config.json or else of config.json."""
+    generation = {**generation_defaults(base.directory), **(manifest.generation if manifest else {})}
+    config = {**base.config, **(manifest.model_config_changes if manifest else {})}
+    named = generation.get("eos_token_id", config.get("eos_token_id"))
+    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
+    return frozenset(int(token) for token in ids if token is not None)
+
+
 def load_tokenizer(directory: Path, manifest: Manifest | None = None) -> PreTrainedTokenizerFast:
     """The base's tokenizer, with a delta's additions where one is given. Raises ArtifactMismatch, CheckpointError."""
     from tokenizers import AddedToken as FastToken

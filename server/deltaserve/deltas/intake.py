@@ -35,7 +35,7 @@ class Intake:
 
     def check(self, artifact: Artifact) -> None:
         check_against_base(artifact, self._base)
-        check_numbers(artifact)
+        check_numbers(artifact, self._base)
         for check in self._checks:
             check(artifact)
         if artifact.manifest.added_tokens or artifact.manifest.special_tokens:

@@ -59,6 +59,7 @@ class Residency:
         self._host_tier: OrderedDict[DeltaDigest, ResidentDelta] = OrderedDict()
         self._pins = [0] * limits.device_deltas
         self._loading: set[DeltaDigest] = set()
+        self._sizes: dict[DeltaDigest, int] = {}  # bytes of what was loaded once
         self._failures: dict[DeltaDigest, DeltaLoadFailed] = {}  # not told yet
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="delta-loader")
 
@@ -73,7 +74,7 @@ class Residency:
                 return slot
             if (failure := self._failures.pop(digest, None)) is not None:
                 raise failure
-            if digest not in self._loading and self._can_make_room():
+            if digest not in self._loading and self._can_make_room(self._sizes.get(digest, 0)):
                 self._loading.add(digest)
                 self._loader.submit(self._load, digest)
             return None
@@ -113,6 +114,8 @@ class Residency:
         with self._lock:
             for digest in digests:
                 self._host_tier.pop(digest, None)
+                self._sizes.pop(digest, None)
+                self._failures.pop(digest, None)
                 slot = self._device_tier.get(digest)
                 if slot is not None and not self._pins[slot]:
                     self._evict(digest)
@@ -128,12 +131,16 @@ class Residency:
                 host = self._host_tier.get(digest)
             if host is None:
                 host = self._read(digest)
-            on_device = host.to(self._device)
             with self._lock:
+                self._sizes[digest] = host.nbytes
                 self._host_tier[digest] = host
                 self._host_tier.move_to_end(digest)
                 self._trim_host()
-                self._place(digest, on_device)
+                has_room = self._can_make_room(host.nbytes)
+            if has_room:  # else it waits on the host, and the next `try_pin` asks again
+                on_device = host.to(self._device)
+                with self._lock:
+                    self._place(digest, on_device)
             self._on_loaded(time.monotonic() - began)
         except DeltaLoadFailed as error:
             failure = error
@@ -179,8 +186,11 @@ class Residency:
             self._evict(digest)
         return Slot(self.slots.index(None))
 
-    def _can_make_room(self) -> bool:
-        return len(self._device_tier) < len(self.slots) or 0 in self._pins
+    def _can_make_room(self, num_bytes: int) -> bool:
+        """Is there room beside the deltas that are pinned?"""
+        pinned = [delta for delta, pins in zip(self.slots, self._pins, strict=True) if pins and delta is not None]
+        held, limit = sum(delta.nbytes for delta in pinned), self._limits.device_bytes
+        return len(pinned) < len(self.slots) and (limit is None or not held or held + num_bytes <= limit)
 
     def _evict(self, digest: DeltaDigest) -> None:
         slot = self._device_tier.pop(digest)

@@ -58,7 +58,7 @@ def restore(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty")
     check_against_base(artifact, base)
-    check_numbers(artifact)
+    check_numbers(artifact, base)
     staged = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
     ROOT/objects/ab/abcd….safetensors     content-addressed, written once
     ROOT/incoming/                        uploads under way; emptied at start
+    ROOT/lock                             held by the one process that works on the store
     ROOT/registry.sqlite                  (name, version) → digest; the highest version of a name is served
 
 An upload is acknowledged after its bytes and its registry row are synced to disk. A crash at any point leaves the old
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -30,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaserve.deltas.tensorfile import sync_directory
-from deltaserve.errors import ArtifactTooLarge, DigestMismatch, InvalidName, ModelNotFound, StorageFull
+from deltaserve.errors import ArtifactTooLarge, DigestMismatch, InvalidName, ModelNotFound, StorageFull, StoreInUse
 from deltaserve.ids import DeltaDigest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -109,6 +111,13 @@ class DeltaStore:
 
     def __init__(self, root: Path, *, on_removed: Callable[[DeltaDigest], None] = lambda digest: None) -> None:
         self._on_removed = on_removed
+        root.mkdir(parents=True, exist_ok=True)
+        self._guard = (root / "lock").open("w")
+        try:
+            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process ends
+        except BlockingIOError:
+            self._guard.close()
+            raise StoreInUse(f"{root}: another server works on this store; each needs one of its own") from None
         self._objects, self._incoming = root / "objects", root / "incoming"
         shutil.rmtree(self._incoming, ignore_errors=True)
         for directory in (self._objects, self._incoming):
@@ -131,9 +140,11 @@ class DeltaStore:
         check_name(name)
         with self._lock, _disk_full_is_an_answer():
             newest = self._newest(name)
-            if newest is not None and newest.digest == digest:
-                return newest, False
             path = self.path(digest)
+            if newest is not None and newest.digest == digest:
+                os.replace(upload.path, path)  # these bytes were just checked; the stored ones may have been damaged
+                sync_directory(path.parent)
+                return newest, False
             record = Record(name, newest.version + 1 if newest else 1, digest, int(time.time()), summary)
             try:
                 path.parent.mkdir(exist_ok=True)
@@ -196,6 +207,7 @@ class DeltaStore:
 
     def close(self) -> None:
         self._registry.close()
+        self._guard.close()
 
     def _newest(self, name: str) -> Record | None:
         row = self._registry.execute(

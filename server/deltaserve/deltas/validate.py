@@ -17,7 +17,7 @@ from deltaserve.deltas.manifest import CodedSpec, LayerSpec, LowRankSpec, Overri
 from deltaserve.deltas.tensorfile import DTYPE_NAMES, DTYPES
 from deltaserve.errors import ArtifactMismatch, ArtifactNotFinite, BaseMismatch
 
-SHOWN = 50
+SHOWN = 1000  # more than any real model has layers to get wrong
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 Expected = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]  # tensor name → shape, allowed types
 
@@ -48,15 +48,20 @@ def check_against_base(artifact: Artifact, base: Checkpoint) -> None:
     _raise_all(problems)
 
 
-def check_numbers(artifact: Artifact) -> None:
+def check_numbers(artifact: Artifact, base: Checkpoint) -> None:
     """Raises ArtifactNotFinite or ArtifactMismatch, naming every tensor at fault. Reads every float once."""
     bad = [f"{name}: {what}" for name in artifact.file.entries if (what := non_finite(artifact.read(name)))]
     if bad:
         raise ArtifactNotFinite(f"{len(bad)} tensors hold numbers that are not finite:\n" + _listed(bad))
     problems = []
     for name, spec in artifact.manifest.overrides.items():
-        if spec.kind == "rows" and not _ascending(artifact.read(f"{name}#rows"), spec.shape[0]):
+        if spec.kind != "rows":
+            continue
+        rows, known = artifact.read(f"{name}#rows"), len(base.tensor(name))
+        if not _ascending(rows, spec.shape[0]):
             problems.append(f"{name}#rows: not ascending row numbers below {spec.shape[0]}")
+        elif int((rows >= known).sum()) != spec.shape[0] - known:
+            problems.append(f"{name}#rows: rows {known} … {spec.shape[0] - 1} are new, and not all of them are stored")
     _raise_all(problems)
 
 
@@ -113,6 +118,9 @@ def _check_vocabulary(artifact: Artifact, base: Checkpoint, shapes: dict[str, tu
     ]
     if (not base.ties_lm_head or LM_HEAD in manifest.overrides) and LM_HEAD in shapes and rows(LM_HEAD) != size:
         problems.append(f"{LM_HEAD}: {rows(LM_HEAD)} rows, but {embedding} has {size}")
+    unties = manifest.model_config_changes.get("tie_word_embeddings") is False
+    if base.ties_lm_head and not unties and (LM_HEAD in manifest.overrides or LM_HEAD in manifest.layers):
+        problems.append(f"{LM_HEAD}: changed, but it is the embedding unless tie_word_embeddings is false")
     said = manifest.model_config_changes.get("vocab_size", size)
     if said != size:
         problems.append(f"vocab_size: {said}, but {embedding} has {size} rows")

@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from deltaserve.engine.runner import ChunkResult, Runner
 from deltaserve.engine.scheduler import Chunk, Scheduler
 from deltaserve.engine.types import Event, FinishReason, Request, TokenLogprob
@@ -136,6 +138,8 @@ class Engine:
             for chunk in chunks:
                 failure = EngineFailure(f"the forward pass of this request's batch failed: {type(error).__name__}")
                 self._end(chunk.request, FinishReason.ERROR, error=failure)
+            if isinstance(error, torch.AcceleratorError):
+                raise  # the device's context is lost: /health turns 503, and a supervisor starts the server anew
             return True
         now = time.monotonic()
         self._observe(chunks, began, now)
@@ -208,6 +212,11 @@ class Engine:
         now = time.monotonic()
         self._metrics.e2e_latency.observe(now - request.arrival_s)
         self._metrics.request_prompt_tokens.observe(len(request.prompt_ids))
+        self._metrics.request_max_tokens.observe(request.params.max_tokens)
+        if request.first_scheduled_s is not None and request.first_token_s is not None:
+            self._metrics.prefill_time.observe(request.first_token_s - request.first_scheduled_s)
+            self._metrics.decode_time.observe(now - request.first_token_s)
+            self._metrics.inference_time.observe(now - request.first_scheduled_s)
         self._metrics.request_generation_tokens.observe(request.num_generated)
         last = event or Event()
         try:
@@ -228,6 +237,7 @@ class Engine:
     def _observe_token(self, request: Request, now: float) -> None:
         self._metrics.generation_tokens.inc()
         if request.last_token_s is None:
+            request.first_token_s = now
             self._metrics.time_to_first_token.observe(now - request.arrival_s)
         else:
             self._metrics.inter_token_latency.observe(now - request.last_token_s)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 WORKER_FILE = Path(__file__).with_name("template_worker.py")
 WORKER_START_TIMEOUT_S = 30.0
 MAX_WORKERS = 4
+MAX_WAITING = 16  # for one template; each holds a thread
 MEMORY_MIB = 512
 DEFAULTS: dict[str, object] = {"messages": [], "tools": None, "documents": None, "add_generation_prompt": False}
 SAMPLE = {"messages": [{"role": "user", "content": "Hello."}], "bos_token": "<s>", "eos_token": "</s>"}
@@ -56,6 +58,7 @@ class TemplateRenderer:
         self._idle = [_Worker(self._limits)]
         self._num_workers = 1
         self._rendering: set[str] = set()
+        self._waiting: Counter[str] = Counter()  # requests by the template they want rendered
         self._is_closed = False
 
     def render(self, template: str, variables: Mapping[str, object]) -> str:
@@ -102,13 +105,20 @@ class TemplateRenderer:
 
     def _acquire(self, template: str) -> _Worker:
         with self._changed:
-            if not self._changed.wait_for(
+            if self._waiting[template] >= MAX_WAITING:
+                raise QueueFull(f"{MAX_WAITING} requests wait for this chat template already")
+            self._waiting[template] += 1
+            has_turn = self._changed.wait_for(
                 lambda: (
                     self._is_closed
                     or (template not in self._rendering and (self._idle or self._num_workers < MAX_WORKERS))
                 ),
                 timeout=2 * self._timeout_s,
-            ):
+            )
+            self._waiting[template] -= 1
+            if not self._waiting[template]:
+                del self._waiting[template]
+            if not has_turn:
                 raise QueueFull("other chat templates are being rendered and none finished in time")
             if self._is_closed:
                 raise EngineFailure("the template renderer is closed")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deltaserve.deltas.checkpoint import Checkpoint
-from deltaserve.deltas.companions import chat_template, generation_defaults, load_tokenizer
+from deltaserve.deltas.companions import chat_template, end_ids, generation_defaults, load_tokenizer
 from deltaserve.deltas.manifest import Manifest
 from deltaserve.engine.detokenize import Detokenizer, StopMatcher
 from deltaserve.engine.templates import TemplateRenderer
@@ -115,14 +115,12 @@ class TextSide:
         )
         defaults = {**generation_defaults(directory), **(manifest.generation if manifest else {})}
         own_template = manifest.chat_template if manifest else None
-        eos = defaults.get("eos_token_id", self._base.config.get("eos_token_id"))
-        eos_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
         added = max((token.id + 1 for token in manifest.added_tokens), default=0) if manifest else 0
         return Profile(
             tokenizer,
             own_template if own_template is not None else chat_template(directory),
             defaults,
-            frozenset(int(token) for token in eos_ids),
+            end_ids(self._base, manifest, tokenizer),
             max(self._vocab_size, added),
             max(len(token.encode()) for token in tokenizer.get_vocab()),
         )

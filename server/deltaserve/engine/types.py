@@ -99,6 +99,7 @@ class Request:
     slot: Slot = BASE_SLOT
     pinned: bool = False
     first_scheduled_s: float | None = None
+    first_token_s: float | None = None
     last_token_s: float | None = None
     prompt_reports: list[TokenLogprob] = field(default_factory=list)
     finished: bool = False

@@ -83,6 +83,11 @@ class KvCache:
         return self._layers[index]
 
     @property
+    def num_layers(self) -> int:
+        """Layers that have written."""
+        return len(self._layers)
+
+    @property
     def nbytes(self) -> int:
         return sum(k.nbytes + v.nbytes for k, v in self._layers.values())
 

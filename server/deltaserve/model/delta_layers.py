@@ -8,8 +8,6 @@ norm or bias by its tenant's tensor, rows of an embedding or head by the tenant'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 from deltaserve.deltas.resident import ResidentDelta
 from deltaserve.model.step import StepContext
 from deltaserve_kernels.apply import apply_term
-from deltaserve_kernels.segments import Segment, Segments
 
 
 class DeltaLinear(nn.Module):
@@ -35,11 +32,10 @@ class DeltaLinear(nn.Module):
         """x [..., in] with one row for each row of the step → [..., out]."""
         y = F.linear(x, self.weight, self.bias)
         step = self._context[0].current
-        if step.segments.runs:
-            rows, out = x.flatten(0, -2), y.flatten(0, -2)  # views
-            assert len(rows) == step.num_rows, f"{self._weight_name}: {len(rows)} rows in a step of {step.num_rows}"
-            for run in step.segments.runs:
-                self._add(rows[run.start : run.stop], out[run.start : run.stop], step.delta(run))
+        rows, out = x.flatten(0, -2), y.flatten(0, -2)  # views
+        assert len(rows) == step.num_rows, f"{self._weight_name}: {len(rows)} rows in a step of {step.num_rows}"
+        for run in step.segments.runs:
+            self._add(rows[run.start : run.stop], out[run.start : run.stop], step.delta(run))
         return y
 
     def _add(self, x: Tensor, out: Tensor, delta: ResidentDelta) -> None:
@@ -108,11 +104,10 @@ class DeltaEmbedding(nn.Module):
         """ids int64 [..., T] with one id for each row of the step → [..., T, size]."""
         y = F.embedding(ids.clamp(max=self.num_embeddings - 1), self.weight)  # an added token exists in its delta alone
         step = self._context[0].current
-        if step.segments.runs:
-            flat, out = ids.flatten(), y.flatten(0, -2)
-            assert len(flat) == step.num_rows, f"{self._weight_name}: {len(flat)} ids in a step of {step.num_rows}"
-            for run in step.segments.runs:
-                self._replace(flat[run.start : run.stop], out[run.start : run.stop], step.delta(run))
+        flat, out = ids.flatten(), y.flatten(0, -2)
+        assert len(flat) == step.num_rows, f"{self._weight_name}: {len(flat)} ids in a step of {step.num_rows}"
+        for run in step.segments.runs:
+            self._replace(flat[run.start : run.stop], out[run.start : run.stop], step.delta(run))
         return y
 
     def _replace(self, ids: Tensor, out: Tensor, delta: ResidentDelta) -> None:
@@ -133,24 +128,22 @@ class DeltaModule(nn.Module):
         super().__init__()
         self.base = base
         self._tensors = {f"{name}.{local}": local for local, _ in base.named_parameters(recurse=False)}
+        for local, parameter in base.named_parameters(recurse=False):
+            setattr(self, local, parameter)  # models look at the type of a norm's weight
         self._context = [context]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [1, T, …] or [T, …] with T the rows of the step."""
         y: Tensor = self.base(x)
         step = self._context[0].current
-        for run, delta in self._changed(step.segments, step.delta):
-            axis = 0 if x.shape[0] == step.num_rows and x.dim() == 2 else 1
-            assert x.shape[axis] == step.num_rows, f"{next(iter(self._tensors))}: rows {tuple(x.shape)}"
-            rows = (slice(None),) * axis + (slice(run.start, run.stop),)
-            y[rows] = self._with_tensors(delta, x[rows])
-        return y
-
-    def _changed(self, segments: Segments, delta_of) -> Iterator[tuple[Segment, ResidentDelta]]:  # type: ignore[no-untyped-def]
-        for run in segments.runs:
-            delta = delta_of(run)
+        axis = 0 if x.dim() == 2 else 1
+        assert x.shape[axis] == step.num_rows, f"{next(iter(self._tensors))}: {tuple(x.shape)} in {step.num_rows} rows"
+        for run in step.segments.runs:
+            delta = step.delta(run)
             if any(name in delta.overrides for name in self._tensors):
-                yield run, delta
+                rows = (slice(None),) * axis + (slice(run.start, run.stop),)
+                y[rows] = self._with_tensors(delta, x[rows])
+        return y
 
     def _with_tensors(self, delta: ResidentDelta, x: Tensor) -> Tensor:
         """The base module's own arithmetic, with other weights for the time of one call."""

@@ -22,7 +22,13 @@ _serial = itertools.count()
 # Rotary embeddings whose frequencies depend on the longest sequence of the batch: requests would disturb each other.
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 # What a model does to scores or logits beyond attention and head: served without it, it would answer wrongly.
-UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling")
+UNSUPPORTED = (
+    "attention_chunk_size",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class ServedModel:
     dtype: torch.dtype
     vocab_size: int
     max_positions: int
+    num_layers: int
     linear: frozenset[str]  # weights that take terms
     other: frozenset[str]  # tensors that take overrides
 
@@ -63,7 +70,7 @@ class ServedModel:
             f"{name}: no tensor that can be overridden" for name in manifest.overrides if name not in self.other
         ]
         if problems:
-            listed = "\n".join(f"  {problem}" for problem in problems[:50])
+            listed = "\n".join(f"  {problem}" for problem in problems)
             raise ArtifactMismatch(f"{len(problems)} tensors cannot be served on this base:\n{listed}")
 
 
@@ -78,7 +85,7 @@ def load_model(
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             checkpoint.directory, dtype=dtype or "auto", attn_implementation=attention
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"{checkpoint.directory}: does not load as a decoder-only model: {error}") from None
     nn.Module.requires_grad_(nn.Module.eval(nn.Module.to(model, device)), False)
     config = model.config.get_text_config()
@@ -101,6 +108,7 @@ def load_model(
         dtype=model.dtype,
         vocab_size=head.weight.shape[0],
         max_positions=int(getattr(config, "max_position_embeddings", 2048)),
+        num_layers=int(config.num_hidden_layers),
         linear=frozenset(linear),
         other=frozenset(other),
     )
