@@ -104,8 +104,7 @@ class Scheduler:
             self.running.append(request)
             chunks.append(Chunk(request, request.num_computed, size))
             budget -= size
-        live = [chunk for chunk in chunks if chunk.request in self.running]
-        return sorted(live, key=lambda chunk: chunk.request.slot), failed
+        return sorted(chunks, key=lambda chunk: chunk.request.slot), failed
 
     def _try_pin(self, request: Request) -> bool:
         if request.digest is None or request.pinned:
