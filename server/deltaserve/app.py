@@ -38,7 +38,7 @@ from deltaserve.model.load import ServedModel, load_model
 from deltaserve.settings import Settings
 
 logger = logging.getLogger(__name__)
-MAX_THREADS = 64  # that wait for disks, templates and tokenizers
+MAX_THREADS = 512  # most of them asleep, waiting for disks, templates and tokenizers
 MAX_UPLOADS = 4  # that are written or checked at once
 LONGEST_DEFAULT = 8192  # tokens of max_model_len where the settings do not say
 Gauge = tuple[str, str, dict[str, str], float]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 WORKER_FILE = Path(__file__).with_name("template_worker.py")
 WORKER_START_TIMEOUT_S = 30.0
 MAX_WORKERS = 4
-MAX_WAITING = 16  # for one template; each holds a thread
+MAX_WAITING = 256  # for one template; each holds a thread of the server
 MEMORY_MIB = 512
 DEFAULTS: dict[str, object] = {"messages": [], "tools": None, "documents": None, "add_generation_prompt": False}
 SAMPLE = {"messages": [{"role": "user", "content": "Hello."}], "bos_token": "<s>", "eos_token": "</s>"}
