@@ -145,6 +145,8 @@ def test_alone_is_the_same_as_among_all_others(
 
 def test_a_preempted_neighbour_changes_nothing(make_town: Callable[..., Town], alone: Any) -> None:
     town = make_town(num_blocks=9)
+    for name in CODECS:  # all on the device, so that all start at once and compete for blocks
+        town.run(town.ask(name, max_tokens=1))
     requests = {name: town.ask(name) for name in (*CODECS, None)}
     town.run(*requests.values())
     assert town.scheduler.num_preemptions > 0
