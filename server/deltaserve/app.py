@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import platform
 import time
 from collections.abc import AsyncIterator, Iterable
@@ -39,7 +40,7 @@ from deltaserve.settings import Settings
 
 logger = logging.getLogger(__name__)
 MAX_THREADS = 512  # most of them asleep, waiting for disks, templates and tokenizers
-MAX_UPLOADS = 4  # that are written or checked at once
+MAX_UPLOADS = max((os.cpu_count() or 1) // 4, 1)  # that are written or checked at once: serving needs the other cores
 LONGEST_DEFAULT = 8192  # tokens of max_model_len where the settings do not say
 Gauge = tuple[str, str, dict[str, str], float]
 
