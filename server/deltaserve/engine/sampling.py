@@ -122,9 +122,8 @@ def _draw(logits: Tensor, requests: Sequence[Request], generators: Generators) -
     cumulative = probs.double().cumsum(-1)
     uniform = torch.tensor([generators.uniform(r) for r in requests], dtype=torch.float64, device=logits.device)
     total = cumulative[:, -1:]
-    target = (uniform[:, None] * total).minimum(
-        total.nextafter(torch.zeros_like(total))
-    )  # rounding may reach the total
+    below = total.nextafter(torch.zeros_like(total))  # rounding may reach the total
+    target = (uniform[:, None] * total).minimum(below)
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
