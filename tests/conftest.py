@@ -141,7 +141,8 @@ def make_tenant(
             finetuned = make_finetune(tiny_base, folder / "tuned", **{"scale": 0.05, "seed": 1, **changes})
         base = Checkpoint.open(tiny_base)
         out = folder / "delta.safetensors"
-        artifact = compress(base, Checkpoint.open(finetuned), make_codec(codec, None, options), out, seed=7)
+        made = make_codec(codec, None, options)
+        artifact = compress(base, Checkpoint.open(finetuned), made, out, seed=7)
         restore(base, artifact, folder / "restored", dtype=torch.float32)
         return Tenant(name, out.read_bytes(), folder / "restored")
 

@@ -29,7 +29,8 @@ def test_every_command_that_the_readme_shows_exists(capsys: pytest.CaptureFixtur
     from deltaserve.cli import main
 
     shown = set(re.findall(r"deltaserve (\w+)", (ROOT / "README.md").read_text(encoding="utf-8")))
-    commands = {"compress", "inspect", "restore", "evaluate", "serve", "demo", "push", "models", "complete", "delete"}
+    commands = {"compress", "inspect", "restore", "evaluate", "compare"}
+    commands |= {"serve", "demo", "push", "models", "complete", "delete"}
     for command in sorted(shown & commands):
         assert main([command, "--help"]) == 0
         assert capsys.readouterr().out.startswith("usage: deltaserve")

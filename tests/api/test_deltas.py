@@ -10,6 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     import httpx
 
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
 def sign(tenants: dict[str, Any]) -> bytes:
     artifact: bytes = tenants["sign"].artifact
     return artifact
+
+
+@pytest.fixture(scope="module")
+def named(tiny_base: Path, make_finetune: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An artifact that is not packed: what is wrong with it can be put in by the names in its header."""
+    from deltaserve.codecs.bitdelta import BitDelta
+    from deltaserve.deltas.checkpoint import Checkpoint
+    from deltaserve.deltas.compress import compress
+
+    folder = tmp_path_factory.mktemp("named")
+    tuned = Checkpoint.open(make_finetune(tiny_base, folder / "tuned", scale=0.05, seed=1))
+    compress(Checkpoint.open(tiny_base), tuned, BitDelta(), folder / "delta", packed=False)
+    return (folder / "delta").read_bytes()
 
 
 @pytest.fixture(autouse=True)
@@ -114,10 +128,10 @@ def test_a_wrong_checksum_is_refused_and_the_right_one_accepted(server: Any, sig
 
 
 def test_a_delta_of_another_base_names_both_fingerprints(
-    server: Any, http: httpx.Client, sign: bytes, error_of: ErrorOf
+    server: Any, http: httpx.Client, named: bytes, error_of: ErrorOf
 ) -> None:
     ours = http.get("/version").json()["base"]
-    error = error_of(server.upload("bad", sign.replace(ours.encode(), b"0" * 64)), 422, "base_mismatch")
+    error = error_of(server.upload("bad", named.replace(ours.encode(), b"0" * 64)), 422, "base_mismatch")
     assert ours in error["message"] and "0" * 64 in error["message"]
 
 
@@ -131,9 +145,9 @@ def test_a_broken_file_is_corrupt(spoil: Callable[[bytes], bytes], server: Any, 
 
 
 def test_numbers_that_are_not_finite_name_their_tensor(
-    server: Any, sign: bytes, split: Callable[..., Any], join: Callable[..., bytes], error_of: ErrorOf
+    server: Any, named: bytes, split: Callable[..., Any], join: Callable[..., bytes], error_of: ErrorOf
 ) -> None:
-    header, data = split(sign)
+    header, data = split(named)
     name = next(name for name in header if name.endswith(".row"))
     begin, end = header[name]["data_offsets"]
     error = error_of(
@@ -145,9 +159,9 @@ def test_numbers_that_are_not_finite_name_their_tensor(
 
 
 def test_every_wrong_name_and_shape_is_listed(
-    server: Any, sign: bytes, split: Callable[..., Any], join: Callable[..., bytes], error_of: ErrorOf
+    server: Any, named: bytes, split: Callable[..., Any], join: Callable[..., bytes], error_of: ErrorOf
 ) -> None:
-    header, data = split(sign)
+    header, data = split(named)
     first, second = sorted(name for name in header if name.endswith(".codes"))[:2]
     header["stranger"] = header.pop(first)
     header[second]["shape"] = header[second]["shape"][::-1]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,6 +62,28 @@ def test_inspect_json_has_every_field(shell: Any, artifact: Path) -> None:
     assert (embedding["kind"], embedding["shape"]) == ("rows", [302, 64])
     assert embedding["bytes"] == 4 * (64 * 2 + 8)  # two changed rows and two new ones, bf16, and their numbers
     assert fields["overrides"]["model.norm.weight"] == {"kind": "replace", "shape": [64], "bytes": 128}
+
+
+def test_inspect_counts_differences_and_tells_what_a_broken_file_lacks(
+    shell: Any, tiny_base: Path, tiny_finetune: Path, tmp_path: Path
+) -> None:
+    from deltaserve.codecs.bitdelta import BitDelta
+    from deltaserve.deltas.checkpoint import Checkpoint
+    from deltaserve.deltas.compress import compress
+
+    path, checkpoints = tmp_path / "delta", (Checkpoint.open(tiny_base), Checkpoint.open(tiny_finetune))
+    manifest = compress(*checkpoints, BitDelta(), path, vector_bits=4, packed=False).file.metadata
+    assert shell("inspect", path, "--json") == 0
+    norm = json.loads(shell.out)["overrides"]["model.norm.weight"]
+    assert norm == {"kind": "add", "shape": [64], "bytes": 64 // 2 + 4}
+
+    save_file({}, path, manifest)
+    assert shell("inspect", path, "--json") == 0
+    assert json.loads(shell.out)["overrides"]["model.norm.weight"]["bytes"] == 0
+    compress(*checkpoints, BitDelta(), path, packed=True)
+    path.write_bytes(path.read_bytes().replace(b'"packed":', b'"pecked":'))
+    assert shell("inspect", path) == 1
+    assert "a packed artifact is one tensor, packed, of bytes" in shell.err
 
 
 def test_inspect_sums_up_by_kind_of_layer_or_lists_every_layer(shell: Any, artifact: Path) -> None:

@@ -20,8 +20,7 @@ def test_compress_tells_the_size_the_error_and_what_to_do_next(
     path = tmp_path / "a delta.safetensors"
     assert shell("compress", tiny_base, tiny_finetune, "-o", path) == 0
     made = Artifact.open(path)
-    assert made.manifest.codec == "dare"
-    assert made.manifest.config == {"group": 8, "value_bits": 4}
+    assert made.manifest.codec == "auto"
     full = sum(tensor.nbytes for tensor in load_file(tiny_finetune / "model.safetensors").values())
     assert f"{full / path.stat().st_size:.1f} times smaller than a full copy" in shell.out
     assert f"{made.bits_per_parameter:.3f} bits per parameter" in shell.out
@@ -33,8 +32,9 @@ def test_compress_tells_the_size_the_error_and_what_to_do_next(
 @pytest.mark.parametrize(
     ("words", "codec", "config"),
     [
-        (["--bits", "1"], "dare", {"group": 4, "value_bits": 4}),
-        (["--option", "group=3", "--option", "value_bits=16"], "dare", {"group": 3, "value_bits": 16}),
+        (["--bits", "4"], "auto", {"bits": 4.0, "noise": 0.04}),
+        (["--option", "noise=0.5"], "auto", {"bits": None, "noise": 0.5}),
+        (["--codec", "seeded-vq", "--option", "code_bits=6"], "seeded-vq", {"bits": 0.03, "code_bits": 6}),
         (["--codec", "delta-svd", "--rank", "2"], "delta-svd", {"rank": 2, "energy": None, "bits": None}),
         (["--rank", "2"], "delta-svd", {"rank": 2, "energy": None, "bits": None}),
         (["--codec", "delta-svd", "--energy", "0.5"], "delta-svd", {"rank": None, "energy": 0.5, "bits": None}),
@@ -47,7 +47,8 @@ def test_codec_budget_and_options_reach_the_codec(
     path = tmp_path / "delta.safetensors"
     assert shell("compress", tiny_base, tiny_finetune, "-o", path, "--seed", "5", *words) == 0
     manifest = Artifact.open(path).manifest
-    assert (manifest.codec, manifest.config, manifest.seed) == (codec, config, 5)
+    assert (manifest.codec, manifest.seed) == (codec, 5)
+    assert config.items() <= manifest.config.items()
 
 
 @pytest.mark.parametrize(

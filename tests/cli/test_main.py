@@ -18,7 +18,10 @@ from deltaserve.errors import BadRequest, CheckpointError, NotFound
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-COMMANDS = ["compress", "inspect", "restore", "evaluate", "serve", "demo", "push", "models", "complete", "delete"]
+COMMANDS = [
+    *("compress", "inspect", "restore", "evaluate", "compare"),
+    *("serve", "demo", "push", "models", "complete", "delete"),
+]
 
 
 @pytest.fixture
@@ -74,6 +77,8 @@ def test_the_console_script_is_main() -> None:
         "evaluate a b --data c --batch 0",
         "evaluate a b --data c --limit 0",
         "evaluate a b --data c --scoring bleu",
+        "compare a b --data c",
+        "compare a b --data c -o d --budgets 1,-1",
     ],
 )
 def test_wrong_usage_is_status_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +133,7 @@ def in_a_fresh_interpreter(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-@pytest.mark.parametrize("line", ["push --help", "models --help", "compress --help", "inspect --help", "--version"])
+@pytest.mark.parametrize("line", ["push --help", "models --help", "compress --help", "compare --help", "--version"])
 def test_help_loads_no_torch(line: str) -> None:
     program = (
         f"import json, sys; from deltaserve.cli import main; status = main({line.split()!r}); "

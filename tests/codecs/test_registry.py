@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
+from deltaserve.codecs.base import Site
 from deltaserve.codecs.bitdelta import BitDelta
 from deltaserve.codecs.dare import Dare
 from deltaserve.codecs.delta_svd import DeltaSvd
@@ -48,7 +50,7 @@ def test_a_bad_configuration_names_the_field_and_its_range(
 @pytest.mark.parametrize(
     ("name", "budget", "options", "says"),
     [
-        ("zip", Budget(), {}, ["'zip'", "bitdelta, dare, delta-svd"]),
+        ("zip", Budget(), {}, ["'zip'", "auto, bitdelta, dare, delta-svd"]),
         ("bitdelta", Budget(bits=2), {}, ["--bits 2", "exactly 1 bit"]),
         ("bitdelta", Budget(rank=4), {}, ["--rank"]),
         ("bitdelta", Budget(energy=0.5), {}, ["--energy"]),
@@ -56,13 +58,18 @@ def test_a_bad_configuration_names_the_field_and_its_range(
         ("dare", Budget(rank=4), {}, ["--rank"]),
         ("dare", Budget(energy=0.5), {}, ["--energy"]),
         ("dare", Budget(bits=1), {"group": 4}, ["--bits", "group"]),
-        ("dare", Budget(bits=5), {}, ["--bits 5", "4"]),
-        ("dare", Budget(bits=0), {}, ["--bits 0", "4"]),
-        ("dare", Budget(bits=0.0001), {}, ["--bits 0.0001", "0.000976562"]),
-        ("dare", Budget(bits=math.nan), {}, ["--bits nan"]),
-        ("dare", Budget(bits=17), {"value_bits": 16}, ["--bits 17", "16"]),
-        ("dare", Budget(bits=0), {"value_bits": 0}, ["value_bits 0", "4 or 16"]),
-        ("dare", Budget(bits=1), {"value_bits": "many"}, ["value_bits 'many'", "4 or 16"]),
+        ("dare", Budget(bits=5), {}, ["bits 5", "4"]),
+        ("dare", Budget(bits=0), {}, ["bits 0", "4"]),
+        ("dare", Budget(bits=0.0001), {}, ["--bits 0.0001", "the least for a layer of 192 × 576"]),
+        ("dare", Budget(bits=math.nan), {}, ["bits nan"]),
+        ("dare", Budget(bits=17), {"value_bits": 16}, ["bits 17", "16"]),
+        ("dare", Budget(bits=1), {"value_bits": "many"}, ["value_bits 'many'", "1, 2, 4 or 16"]),
+        ("ultradelta", Budget(bits=0.001), {}, ["--bits 0.001", "the least"]),
+        ("deltazip", Budget(bits=1), {}, ["--bits 1", "the least"]),
+        ("slim", Budget(bits=0.5), {}, ["--bits 0.5", "the least"]),
+        ("seeded-vq", Budget(bits=0.0001), {}, ["bits 0.0001", "0.001 … 4"]),
+        ("seeded-vq", Budget(rank=3), {}, ["--rank"]),
+        ("auto", Budget(bits=9), {}, ["bits 9", "0.003 … 4"]),
         ("dare", Budget(), {"grup": 8}, ["grup"]),
         ("delta-svd", Budget(rank=4, bits=1), {}, ["exactly one"]),
         ("delta-svd", Budget(rank=4), {"energy": 0.5}, ["exactly one"]),
@@ -86,16 +93,9 @@ def test_defaults() -> None:
     assert make_codec("delta-svd", None, {"energy": 0.5}) == DeltaSvd(energy=0.5)
 
 
-@pytest.mark.parametrize(
-    ("bits", "value_bits", "group"),
-    [(4, 4, 1), (0.5, 4, 8), (0.1, 4, 40), (16, 16, 1), (0.5, 16, 32), (4 / 4096, 4, 4096), (16 / 4096, 16, 4096)],
-)
-def test_bits_of_dare_choose_the_group(bits: float, value_bits: int, group: int) -> None:
-    assert make_codec("dare", Budget(bits=bits), {"value_bits": value_bits}) == Dare(group, value_bits)
-
-
-@pytest.mark.parametrize("bits", [3.9, 3, 1.5, 0.7, 0.3, 0.013])
-def test_bits_of_dare_are_a_ceiling(bits: float) -> None:
-    codec = make_codec("dare", Budget(bits=bits))
-    assert isinstance(codec, Dare)
-    assert 4 / codec.group <= bits < 4 / max(codec.group - 1, 1e-9)
+@pytest.mark.parametrize("bits", [3.9, 3, 1.5, 0.7, 0.3, 0.05])
+@pytest.mark.parametrize("name", ["dare", "deltadq", "ultradelta"])
+def test_bits_are_a_ceiling_on_a_layer_of_a_real_size(name: str, bits: float) -> None:
+    codec = make_codec(name, Budget(bits=bits))
+    terms = codec.encode(torch.zeros(192, 576), Site(0, 0))
+    assert 0.5 * bits < 8 * sum(term.nbytes for term in terms) / (192 * 576) <= bits

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +36,11 @@ class Workshop:
     def compress(
         self, base: Path, finetuned: Path, codec: str = "bitdelta", name: str = "delta.safetensors", **budget: Any
     ) -> Artifact:
+        """Every tensor under its name in the file, so that tests can change one."""
         options = budget.pop("options", None)
         made = make_codec(codec, Budget(**budget), options)
-        return compress(Checkpoint.open(base), Checkpoint.open(finetuned), made, self.folder / name, seed=7)
+        base_, tuned = Checkpoint.open(base), Checkpoint.open(finetuned)
+        return compress(base_, tuned, made, self.folder / name, seed=7, packed=False)
 
     def restore(self, base: Path, artifact: Artifact, dtype: torch.dtype | None = None) -> Path:
         out = self.folder / "restored"
@@ -79,6 +83,12 @@ def split_file(raw: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(raw[8 : 8 + length]), raw[8 + length :]
 
 
+def manifest_text(header: dict[str, Any]) -> str:
+    """The manifest of a file's header, inflated where it is packed."""
+    text: str = header["__metadata__"]["deltaserve"]
+    return text if text.startswith("{") else zlib.decompress(base64.b64decode(text)).decode()
+
+
 def join_file(header: dict[str, Any], data: bytes) -> bytes:
     encoded = json.dumps(header).encode()
     return struct.pack("<Q", len(encoded)) + encoded + data
@@ -98,5 +108,6 @@ def files() -> Any:
         tensors = staticmethod(edit_tensors)
         split = staticmethod(split_file)
         join = staticmethod(join_file)
+        manifest_text = staticmethod(manifest_text)
 
     return Files

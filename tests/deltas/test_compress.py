@@ -178,7 +178,7 @@ def test_a_failed_write_leaves_the_old_file(
 
     monkeypatch.setattr("deltaserve.deltas.tensorfile.shutil.copyfileobj", fail)
     with pytest.raises(OSError, match="disk full"):
-        workshop.compress(tiny_base, tiny_finetune, "dare")
+        workshop.compress(tiny_base, tiny_finetune, "delta-svd", rank=4)
     assert [file.read_bytes() for file in workshop.folder.iterdir()] == [before]
 
 

@@ -28,15 +28,25 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["named", "packed"])
+def packed(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 @pytest.fixture(scope="module")
-def good(tiny_base: Path, tiny_finetune: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The bytes of an artifact that fits."""
+def good_file(packed: bool, tiny_base: Path, tiny_finetune: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact that fits."""
     from deltaserve.codecs.registry import make_codec
     from deltaserve.deltas.compress import compress
 
     path = tmp_path_factory.mktemp("good") / "delta.safetensors"
-    compress(Checkpoint.open(tiny_base), Checkpoint.open(tiny_finetune), make_codec("bitdelta"), path)
-    return path.read_bytes()
+    compress(Checkpoint.open(tiny_base), Checkpoint.open(tiny_finetune), make_codec("bitdelta"), path, packed=packed)
+    return path
+
+
+@pytest.fixture(scope="module")
+def good(good_file: Path) -> bytes:
+    return good_file.read_bytes()
 
 
 class Door:
@@ -80,22 +90,24 @@ def test_a_good_upload_is_a_version_with_its_sizes(door: Door, good: bytes) -> N
     assert len(door.files()) == 1
 
 
-def damaged(good: bytes, how: str, files: Any) -> bytes:
-    header, data = files.split(good)
+def damaged(good: Path, how: str, files: Any) -> bytes:
+    raw, entries = good.read_bytes(), Artifact.open(good).entries
+    header, data = files.split(raw)
     match how:
         case "empty":
             return b""
         case "cut":
-            return good[:-1]
+            return raw[:-1]
         case "no manifest":
             header["__metadata__"] = {}
         case "manifest":
             header["__metadata__"]["deltaserve"] = "{}"
         case "nan":
-            name = next(name for name in header if name.endswith("norm.weight"))
-            start = header[name]["data_offsets"][0]
-            return bytes(files.join(header, data[:start] + b"\xff\xff" + data[start + 2 :]))
+            start = entries["model.norm.weight"].start
+            return raw[:start] + b"\xff\xff" + raw[start + 2 :]
         case "renamed":
+            text = files.manifest_text(header).replace("layers.1.", "layers.9.")
+            header["__metadata__"]["deltaserve"] = text
             header = {name.replace("layers.1.", "layers.9."): entry for name, entry in header.items()}
     return bytes(files.join(header, data))
 
@@ -112,10 +124,10 @@ def damaged(good: bytes, how: str, files: Any) -> bytes:
     ],
 )
 def test_a_bad_upload_is_refused_by_its_fault_and_leaves_nothing(
-    door: Door, good: bytes, files: Any, how: str, error: type[DeltaServeError]
+    door: Door, good_file: Path, files: Any, how: str, error: type[DeltaServeError]
 ) -> None:
     with pytest.raises(error):
-        door.send(damaged(good, how, files))
+        door.send(damaged(good_file, how, files))
     assert (door.files(), door.store.records()) == ([], [])
 
 

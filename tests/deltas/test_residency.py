@@ -182,7 +182,7 @@ def test_bytes_and_counts_are_those_of_the_tensors(make: Callable[..., Shelf], s
     assert residency.tier_bytes() == {"device": 2 * size, "host": 3 * size}
     assert residency.resident_bytes(one.digests[0]) == residency.resident_bytes(one.digests[2]) == size
     held = [delta for delta in residency.slots if delta is not None]
-    tensors = [t for d in held for terms in d.layers.values() for term in terms for t in term.tensors().values()]  # type: ignore[union-attr]
+    tensors = [t for d in held for layer in d.layers.values() for term in layer.terms for t in term.tensors().values()]
     tensors += [t for d in held for o in d.overrides.values() for t in (o.values, o.rows) if t is not None]
     assert sum(tensor.nbytes for tensor in tensors) == 2 * size
 
@@ -224,10 +224,10 @@ def test_the_file_may_go_once_a_delta_is_loaded(make: Callable[..., Shelf], tmp_
     shelf.files[shelf.digests[0]] = copy
     delta = shelf.residency.slots[shelf.pin(0)]
     assert delta is not None
-    before = {name: terms[0].decode() for name, terms in delta.layers.items()}
+    before = {name: layer.terms[0].decode() for name, layer in delta.layers.items()}
     copy.write_bytes(bytes(copy.stat().st_size))
     copy.unlink()
-    assert all(torch.equal(terms[0].decode(), before[name]) for name, terms in delta.layers.items())
+    assert all(torch.equal(layer.terms[0].decode(), before[name]) for name, layer in delta.layers.items())
 
 
 def test_discarding_frees_what_is_not_in_use(make: Callable[..., Shelf]) -> None:

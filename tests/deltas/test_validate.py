@@ -71,7 +71,7 @@ def test_every_kind_of_mismatch_is_listed_at_once(edited: Callable[..., Artifact
         layers, overrides = manifest["layers"], manifest["overrides"]
         layers["model.layers.9.mlp.up_proj.weight"] = layers[Q_PROJ]
         layers["model.layers.1.self_attn.q_proj.weight"]["shape"] = [64, 65]
-        layers["model.layers.1.mlp.up_proj.weight"]["dtype"] = "F7"
+        layers["model.layers.1.mlp.up_proj.weight"]["dtype"] = "I32"
         overrides["model.layers.0.nothing"] = overrides[NORM]
         overrides["model.layers.0.input_layernorm.weight"]["shape"] = [63]
         overrides["model.layers.1.self_attn.k_proj.weight"] = {"kind": "replace", "shape": [32, 64], "dtype": "BF16"}
@@ -88,8 +88,8 @@ def test_every_kind_of_mismatch_is_listed_at_once(edited: Callable[..., Artifact
         f"{NORM}: type float32, expected bfloat16",
         "model.layers.9.mlp.up_proj.weight: the base has no such tensor",
         "model.layers.1.self_attn.q_proj.weight: shape (64, 65), base has (64, 64)",
-        "model.layers.1.self_attn.q_proj.weight#0.right: term of shape (4, 64), its layer needs (4, 65)",
-        "model.layers.1.mlp.up_proj.weight: type 'F7' is unknown",
+        "model.layers.1.self_attn.q_proj.weight#0: term of shape (64, 64), its layer needs (64, 65)",
+        "model.layers.1.mlp.up_proj.weight: type I32, base has BF16",
         "model.layers.0.nothing: the base has no such tensor",
         "model.layers.0.input_layernorm.weight: shape (63,), base has (64,)",
         "model.layers.1.self_attn.k_proj.weight: both compressed and overridden",
@@ -186,8 +186,12 @@ def test_a_head_and_an_embedding_of_different_sizes_are_refused(
 def test_terms_with_tensors_of_every_kind_read_as_they_were_written(
     workshop: Any, tiny_base: Path, tiny_finetune: Path
 ) -> None:
-    for codec, name in (("dare", "codes"), ("bitdelta", "row"), ("delta-svd", "right.codes")):
-        artifact = workshop.compress(tiny_base, tiny_finetune, codec)
+    for codec, options, name in (
+        ("dare", {"group": 8}, "codes"),
+        ("bitdelta", {}, "row"),
+        ("delta-svd", {"rank": 4}, "right.codes"),
+    ):
+        artifact = workshop.compress(tiny_base, tiny_finetune, codec, options=options)
         check_against_base(artifact, Checkpoint.open(tiny_base))
         assert f"{Q_PROJ}#0.{name}" in artifact.file.entries
         assert decode(artifact.terms(Q_PROJ)).shape == (64, 64)

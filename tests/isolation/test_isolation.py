@@ -231,7 +231,7 @@ def test_a_slot_that_is_used_again_holds_nothing_of_its_former_tenant(make_town:
 
     def addresses(delta: Any) -> set[int]:
         tensors = [override.values for override in delta.overrides.values()]
-        parts = [part for terms in delta.layers.values() for term in terms for part in _coded(term)]
+        parts = [part for layer in delta.layers.values() for term in layer.terms for part in _coded(term)]
         return {tensor.data_ptr() for tensor in [*tensors, *(t for part in parts for t in part.tensors().values())]}
 
     assert held is not former

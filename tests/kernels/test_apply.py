@@ -50,7 +50,7 @@ def coded(
 
     row_scale = {None: None, "tensor": scales(), "row": scales(rows, 1).bfloat16()}[row]
     col_scale = scales(cols).bfloat16() if col else None
-    return Coded(rows, cols, bits, grid, codes, row=row_scale, col=col_scale, mask=mask).with_columns()
+    return Coded(rows, cols, bits, grid, codes, row=row_scale, col=col_scale, mask=mask).serving()
 
 
 def low_rank(rows: int, cols: int, rank: int, grid: Grid = "float", bits: int = 16, row: str | None = None) -> LowRank:
@@ -128,7 +128,7 @@ def test_a_term_that_fits_on_paper() -> None:
 def test_a_masked_term_that_fits_on_paper() -> None:
     """Seed 7, site 5, group 2: columns 0, 3 of row 0 and 1, 3 of row 1. Codes 9, 6 and 8, 15 are 1, −2 and 0, 7."""
     codes = layout.pack(torch.tensor([[9, 6], [8, 15]], dtype=torch.uint8), 4)
-    term = Coded(2, 4, 4, "int", codes, mask=SeededMask(2, seed=7, site=5)).with_columns()
+    term = Coded(2, 4, 4, "int", codes, mask=SeededMask(2, seed=7, site=5)).serving()
     assert term.decode().tolist() == [[1, 0, 0, -2], [0, 0, 0, 7]]
     assert apply_term(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), term).tolist() == [[-7, 28]]
 
@@ -163,11 +163,11 @@ def test_decode_does_not_need_the_serving_form() -> None:
 
 def test_the_spelled_out_mask_takes_two_bytes_an_entry_and_is_counted() -> None:
     stored = replace(coded(33, 65, "int", 4, group=8), columns=None)
-    served = stored.with_columns()
+    served = stored.serving()
     assert served.columns is not None
     assert served.columns.dtype == torch.int16
     assert served.nbytes == stored.nbytes + 33 * 9 * 2
-    assert served.with_columns() is served
+    assert served.serving() is served
 
 
 def test_columns_beyond_16_bits_are_kept_whole() -> None:
@@ -175,6 +175,6 @@ def test_columns_beyond_16_bits_are_kept_whole() -> None:
     for cols in (2**15, 2**15 + 1):
         mask = SeededMask(1, seed=0, site=0)
         codes = torch.zeros(1, cols, dtype=torch.bfloat16)
-        columns = Coded(1, cols, 16, "float", codes, mask=mask).with_columns().columns
+        columns = Coded(1, cols, 16, "float", codes, mask=mask).serving().columns
         assert columns is not None
         assert columns[0].tolist() == list(range(cols))

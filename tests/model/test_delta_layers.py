@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaserve.deltas.artifact import Override
-from deltaserve.deltas.resident import ResidentDelta
+from deltaserve.deltas.resident import ResidentDelta, ResidentLayer
 from deltaserve.model import delta_layers
 from deltaserve.model.attention import AttentionBatch, KvCache
 from deltaserve.model.delta_layers import DeltaEmbedding, DeltaHead, DeltaLinear, DeltaModule
@@ -69,9 +69,9 @@ def test_a_linear_layer_is_the_restored_one_of_each_row(context: StepContext, bi
     terms = [(dense(random(OUT, IN, seed=1)),), (low_rank(OUT, IN, 2), dense(random(OUT, IN, seed=4)))]
     own_bias = random(OUT, seed=5)
     deltas = [
-        ResidentDelta({"l.weight": terms[0], "other.weight": terms[1]}, {}),
-        ResidentDelta({"other.weight": terms[0]}, {}),
-        ResidentDelta({"l.weight": terms[1]}, {"l.bias": whole(own_bias)}),
+        ResidentDelta({"l.weight": ResidentLayer(terms[0]), "other.weight": ResidentLayer(terms[1])}, {}),
+        ResidentDelta({"other.weight": ResidentLayer(terms[0])}, {}),
+        ResidentDelta({"l.weight": ResidentLayer(terms[1])}, {"l.bias": whole(own_bias)}),
         ResidentDelta({}, {"l.bias": whole(own_bias)}),
     ]
     enter(context, deltas)
@@ -87,6 +87,40 @@ def test_a_linear_layer_is_the_restored_one_of_each_row(context: StepContext, bi
         torch.testing.assert_close(y[0, row], F.linear(x[0, row], weight, shift), **CLOSE)
 
 
+def added(values: Tensor) -> Override:
+    return Override(values, None, tuple(values.shape), adds=True)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layers_scalars_multiply_terms_and_base_but_no_bias(context: StepContext, bias: bool) -> None:
+    base, terms = nn.Linear(IN, OUT, bias=bias), (low_rank(OUT, IN, 2), dense(random(OUT, IN, seed=4)))
+    scalars = [(0.5, 0.0), (1.0, -0.25), (-2.0, 1.5), (0.0, -1.0)]
+    deltas = [ResidentDelta({"l.weight": ResidentLayer(terms, *pair)}, {}) for pair in scalars]
+    enter(context, deltas)
+    x = random(1, len(SLOTS), IN, seed=9)
+    y = DeltaLinear(base, "l", context)(x)
+    for row, slot in enumerate(SLOTS):
+        weight = base.weight
+        if slot >= 0:
+            gamma, shift = scalars[slot]
+            weight = (1 + shift) * weight + gamma * sum(term.decode() for term in terms)
+        torch.testing.assert_close(y[0, row], F.linear(x[0, row], weight, base.bias), **CLOSE)
+
+
+def test_a_bias_may_be_a_difference(context: StepContext) -> None:
+    base, difference = nn.Linear(IN, OUT), random(OUT, seed=5)
+    layer = ResidentLayer((low_rank(OUT, IN, 2),), 1.0, 0.5)
+    deltas = [ResidentDelta({}, {"l.bias": added(difference)})]
+    deltas += [ResidentDelta({"l.weight": layer}, {"l.bias": added(-difference)})]
+    enter(context, deltas, [-1, 0, 1])
+    x = random(1, 3, IN, seed=9)
+    y = DeltaLinear(base, "l", context)(x)[0]
+    weight = 1.5 * base.weight + layer.terms[0].decode()
+    torch.testing.assert_close(y[0], F.linear(x[0, 0], base.weight, base.bias), **CLOSE)
+    torch.testing.assert_close(y[1], F.linear(x[0, 1], base.weight, base.bias + difference), **CLOSE)
+    torch.testing.assert_close(y[2], F.linear(x[0, 2], weight, base.bias - difference), **CLOSE)
+
+
 def head_of(context: StepContext, *, tied: bool, bias: bool = False) -> tuple[nn.Linear, DeltaHead]:
     base = nn.Linear(IN, VOCAB, bias=bias)
     return base, DeltaHead(base, "lm_head", "model.embed", tied, context)
@@ -99,7 +133,7 @@ def test_an_untied_head_has_each_tenants_rows_and_no_more(context: StepContext, 
     overrides = [some_rows([2, 5, 10, 11], IN, 12, 1), whole(random(VOCAB, IN, seed=2))]
     deltas = [
         ResidentDelta({}, {"lm_head.weight": overrides[0]}),
-        ResidentDelta({"lm_head.weight": (term,)}, {}),
+        ResidentDelta({"lm_head.weight": ResidentLayer((term,), 0.5, -0.25)}, {}),
         ResidentDelta({}, {"lm_head.weight": overrides[1], "model.embed.weight": overrides[0]}),
         ResidentDelta({}, {"model.embed.weight": overrides[0]}),
     ]
@@ -107,7 +141,7 @@ def test_an_untied_head_has_each_tenants_rows_and_no_more(context: StepContext, 
     x = random(len(SLOTS), IN, seed=9)
     y = head(x)
     assert y.shape == (len(SLOTS), 12)
-    weights = {0: overrides[0].apply(base.weight), 1: base.weight + term.decode(), 2: overrides[1].values}
+    weights = {0: overrides[0].apply(base.weight), 1: 0.75 * base.weight + 0.5 * term.decode(), 2: overrides[1].values}
     for row, slot in enumerate(SLOTS):
         weight = weights.get(slot, base.weight)
         expected = F.linear(x[row], weight)
@@ -171,7 +205,7 @@ def test_a_norm_is_each_tenants_own_whatever_the_shape(context: StepContext, sha
     deltas = [
         ResidentDelta({}, {f"n.{name}": whole(tensor) for name, tensor in own.items()}),
         ResidentDelta({}, {}),
-        ResidentDelta({}, {"n.weight": whole(own["weight"])}),
+        ResidentDelta({}, {"n.weight": added(own["weight"] - base.weight.detach())}),
         ResidentDelta({}, {"other.weight": whole(own["weight"])}),
     ]
     enter(context, deltas)
@@ -220,7 +254,8 @@ def test_rows_of_the_base_alone_do_nothing_beyond_the_base(
 
     monkeypatch.setattr(delta_layers, "apply_term", never)
     layer, x = layers(context)[kind]
-    deltas = [ResidentDelta({"l.weight": (low_rank(OUT, IN, 1),)}, {"n.weight": whole(random(IN, seed=2))})]
+    layers_of_one = {"l.weight": ResidentLayer((low_rank(OUT, IN, 1),), 0.5, 0.5)}
+    deltas = [ResidentDelta(layers_of_one, {"n.weight": whole(random(IN, seed=2))})]
     enter(context, deltas, [-1, -1])
     y = layer(x)
     bases = {

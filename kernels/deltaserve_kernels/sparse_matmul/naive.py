@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaserve_kernels.terms import Coded
+from deltaserve_kernels.terms.coded import Coded
 
 
 def sparse_matmul(x: Tensor, term: Coded) -> Tensor:
-    """x [T, cols] → [T, rows], both of x's dtype. `term` is in serving form (`with_columns`)."""
+    """x [T, cols] → [T, rows], both of x's dtype. `term` is in serving form (`serving`)."""
     assert term.columns is not None, "a masked term is served from its spelled-out columns"
     if term.col is not None:
         x = x * term.col.to(x.dtype)

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 COMMANDS = {  # module → what its register(subparsers) adds
-    "artifacts": ("compress", "inspect", "restore", "evaluate"),
+    "artifacts": ("compress", "inspect", "restore"),
+    "comparison": ("evaluate", "compare"),
     "serving": ("serve", "demo"),
     "remote": ("push", "models", "complete", "delete"),
 }
-EXTRAS = {"rich": "cli"}  # library → the extra it comes with; all others are the server's
+EXTRAS = {"rich": "cli", "matplotlib": "plot"}  # library → the extra it comes with; all others are the server's
 
 
 def main(argv: Sequence[str] | None = None) -> int:

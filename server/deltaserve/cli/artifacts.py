@@ -1,4 +1,4 @@
-"""The commands on files: compress, inspect, restore, evaluate. Owns their arguments and what they print.
+"""The commands on files: compress, inspect, restore. Owns their arguments and what they print.
 
 torch and the rest of the server's libraries are imported when a command runs.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltaserve.cli import console
 from deltaserve.cli.console import progress_bar, size, write
-from deltaserve.errors import BadRequest, CheckpointError, CodecError
+from deltaserve.errors import BadRequest, CodecError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from deltaserve.codecs.base import Codec
     from deltaserve.deltas.artifact import Artifact
 
-DEFAULT_CODEC, DEFAULT_BITS = "dare", 0.5
-CODING = ("codec", "bits", "rank", "energy", "option", "seed")  # what an imported adapter has no use for
+DEFAULT_CODEC = "auto"
+CODING = ("codec", "bits", "rank", "energy", "option", "seed", "calibration")  # what an imported adapter has no use for
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,13 +34,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("base", metavar="BASE", help="directory, hub id or .gguf file")
     parser.add_argument("finetuned", metavar="FINETUNED", help="the same, or a PEFT LoRA adapter's directory")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
-    text = f"(default: {DEFAULT_CODEC} at {DEFAULT_BITS} bits; delta-svd with --rank or --energy)"
-    parser.add_argument("--codec", help=f"bitdelta, dare or delta-svd {text}")
+    text = f"(default: {DEFAULT_CODEC}; delta-svd with --rank or --energy)"
+    parser.add_argument("--codec", help=f"server/deltaserve/codecs/README.md has them all {text}")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--bits", type=float, help="bits per parameter")
+    budget.add_argument("--bits", type=float, help="bits per parameter (auto: of the whole file; chosen if not given)")
     budget.add_argument("--rank", type=int, help="delta-svd: singular directions kept of each matrix")
     budget.add_argument("--energy", type=float, help="delta-svd: share of ‖Δ‖² kept, up to 1")
-    parser.add_argument("--seed", type=_whole(0, 2**64), help="of the codec's random choices (default: 0)")
+    parser.add_argument("--seed", type=whole(0, 2**64), help="of the codec's random choices (default: 0)")
+    text = "texts for codecs that need activations: lines {text} or {prompt, answer} (default: those of the product)"
+    parser.add_argument("--calibration", metavar="JSONL|builtin", help=text)
     parser.add_argument("--option", metavar="KEY=VALUE", type=_option, action="append", help="a codec's own setting")
     parser.set_defaults(run=compress)
 
@@ -57,25 +59,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--dtype", choices=("auto", "float32"), default="auto", help="auto: the fine-tune's")
     parser.set_defaults(run=restore)
 
-    parser = subparsers.add_parser("evaluate", parents=[quiet], help="measure an artifact on a task")
-    parser.add_argument("base", metavar="BASE")
-    parser.add_argument("artifact", metavar="FILE", type=Path)
-    parser.add_argument("--finetuned", metavar="DIR", help="compare with the full fine-tune")
-    parser.add_argument("--data", metavar="JSONL", type=Path, required=True, help='lines {"prompt": …, "answer": …}')
-    parser.add_argument("--limit", metavar="N", type=_whole(1), help="only the first N rows")
-    parser.add_argument("--batch", type=_whole(1), default=16, help="rows at once (default: %(default)s)")
-    parser.add_argument("--scoring", choices=("exact", "last-number"), default="exact", help="when an answer is right")
-    parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: the fine-tune's"
-    )
-    parser.add_argument("--json", action="store_true")
-    parser.set_defaults(run=evaluate)
-
 
 def compress(args: argparse.Namespace) -> int:
     from deltaserve.deltas.checkpoint import Checkpoint
-    from deltaserve.deltas.compress import compress as make
     from deltaserve.deltas.lora import import_lora, is_adapter
+    from deltaserve.deltas.prepare import make_delta
 
     adapter = is_adapter(Path(args.finetuned))
     given = [f"--{name}" for name in CODING if getattr(args, name) is not None]
@@ -92,7 +80,10 @@ def compress(args: argparse.Namespace) -> int:
         if codec is None:
             artifact = import_lora(base, Path(args.finetuned), args.output, progress=progress)
         else:
-            artifact = make(base, finetuned, codec, args.output, seed=args.seed or 0, progress=progress)
+            calibration, seed = args.calibration or "builtin", args.seed or 0
+            artifact = make_delta(
+                base, finetuned, codec, args.output, seed=seed, calibration=calibration, progress=progress
+            )
     _write_summary(args, artifact, base.num_bytes if adapter else finetuned.num_bytes)
     return 0
 
@@ -123,46 +114,11 @@ def restore(args: argparse.Namespace) -> int:
     return 0
 
 
-def evaluate(args: argparse.Namespace) -> int:
-    import torch
-    from transformers.utils import logging
-
-    from deltaserve import evaluate as evaluation
-    from deltaserve.deltas.artifact import Artifact
-    from deltaserve.deltas.checkpoint import Checkpoint
-    from deltaserve.deltas.lora import is_adapter
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    rows = evaluation.load_rows(args.data, args.limit)
-    artifact, base = Artifact.open(args.artifact), Checkpoint.open(args.base)
-    if args.finetuned and is_adapter(Path(args.finetuned)):
-        raise CheckpointError(f"{args.finetuned} is a LoRA adapter; --finetuned needs a full checkpoint")
-    finetuned = Checkpoint.open(args.finetuned) if args.finetuned else None
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    options = {"finetuned": finetuned, "batch": args.batch, "dtype": dtype, "scoring": args.scoring}
-    with progress_bar(quiet=args.quiet) as progress:
-        result = evaluation.evaluate(base, artifact, rows, progress=progress, **options)
-    if args.json:
-        write(json.dumps(vars(result), indent=2) + "\n")
-        return 0
-    table = console.plain_table(f"{result.rows} rows", "restored", *(["fine-tune"] if finetuned else []))
-    for name, form in (("exact_match", ".1%"), ("nats_per_token", ".4f")):
-        values = [getattr(result, name), getattr(result, f"finetuned_{name}")]
-        table.add_row(name.replace("_", " "), *(format(value, form) for value in values if value is not None))
-    console.write_table(table)
-    if result.kl is not None:
-        write(f"KL(fine-tune ‖ restored) {result.kl:.4f} nats per token, top-1 agreement {result.top1_agreement:.1%}\n")
-    return 0
-
-
 def _codec(args: argparse.Namespace) -> Codec:
     from deltaserve.codecs.registry import Budget, make_codec
 
     options = dict(args.option or [])
     budget = Budget(bits=args.bits, rank=args.rank, energy=args.energy)
-    if args.codec is None and budget == Budget() and not options:
-        budget = Budget(bits=DEFAULT_BITS)
     try:
         implied = DEFAULT_CODEC if args.rank is None and args.energy is None else "delta-svd"
         return make_codec(args.codec or implied, budget, options)
@@ -184,7 +140,9 @@ def _write_summary(args: argparse.Namespace, artifact: Artifact, full_bytes: int
     write(f"      deltaserve push {file}\n")
 
 
-def _whole(least: int, below: int = 2**48) -> Callable[[str], int]:
+def whole(least: int, below: int = 2**48) -> Callable[[str], int]:
+    """A type of argument: a whole number from `least` on."""
+
     def parse(text: str) -> int:
         if not least <= int(text) < below:
             raise argparse.ArgumentTypeError(f"{text} is not in {least} … {below - 1}")

@@ -112,12 +112,12 @@ def progress_bar(*, quiet: bool = False, in_bytes: bool = False) -> Iterator[Pro
 
 def described(artifact: Artifact) -> dict[str, Any]:
     """What `inspect --json` prints."""
-    manifest, entries = artifact.manifest, artifact.file.entries
+    manifest, entries = artifact.manifest, artifact.entries
     with artifact.file.path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
 
     def num_bytes(name: str) -> int:
-        return sum(entries[key].nbytes for key in (name, f"{name}#rows", f"{name}#values") if key in entries)
+        return sum(entries[key].nbytes for key in manifest.overrides[name].layout(name) if key in entries)
 
     return {
         "codec": manifest.codec,

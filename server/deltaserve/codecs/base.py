@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -13,18 +13,23 @@ from deltaserve_kernels.terms import Term
 
 @dataclass(frozen=True)
 class Site:
-    """Where a matrix sits: what the random parts of a codec depend on besides the matrix."""
+    """Where a matrix sits: what a codec may know of it besides its entries."""
 
     number: int  # 32 bit, deltaserve_kernels.terms.site_number of the tensor's name
     seed: int  # 64 bit, one for the whole artifact
+    gram: Tensor | None = None  # H = E[xᵀx] of the layer's input x, float32 [cols, cols]; None where not calibrated
 
 
 class Codec(Protocol):
     """One method of the literature, or ours.
 
     Frozen, validated configuration on construction (CodecError names the field and its range). `encode` is pure and
-    deterministic for a site; its input is finite float32 [rows, cols] and is not changed.
+    deterministic for a site; its input is finite float32 [rows, cols] and is not changed. A codec that `needs_gram` may
+    still meet a site without one (a layer the calibration does not reach): then H = 1, plain least squares.
     """
+
+    @property
+    def needs_gram(self) -> bool: ...
 
     @property
     def name(self) -> str: ...
@@ -32,6 +37,32 @@ class Codec(Protocol):
     def encode(self, delta: Tensor, site: Site) -> list[Term]: ...
 
     def config(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One compressed layer, as a whole model's plan sees it."""
+
+    name: str
+    rows: int
+    cols: int
+    norm: float  # ‖Δ‖_F
+    std: float  # of the entries of Δ
+    base_norm: float  # ‖W_base‖_F
+    sensitivity: float | None = None  # curvature of the loss in an entry of Δ, mean over the layer; None: not measured
+
+    @property
+    def parameters(self) -> int:
+        return self.rows * self.cols
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """A codec whose configuration differs by layer: it sees all layers before the first is encoded."""
+
+    needs_sensitivity: ClassVar[bool]
+
+    def plan(self, layers: Sequence[LayerStats]) -> Mapping[str, Codec]: ...
 
 
 @dataclass(frozen=True)

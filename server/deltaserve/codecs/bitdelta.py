@@ -14,7 +14,7 @@ tenth of a bf16 Δ) add no common direction. Not here: distillation of α on log
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ Estimator = Literal["unbiased", "paper"]
 
 @dataclass(frozen=True)
 class BitDelta:
+    needs_gram: ClassVar[bool] = False
     scale: Axis = "tensor"  # what one α covers
     estimator: Estimator = "unbiased"
 

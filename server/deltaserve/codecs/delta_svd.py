@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from deltaserve.codecs.base import Site
+from deltaserve.codecs.linalg import svd
 from deltaserve.errors import CodecError
 from deltaserve_kernels.terms import Coded, LowRank, Term
 
 
 @dataclass(frozen=True)
 class DeltaSvd:
+    needs_gram: ClassVar[bool] = False
     rank: int | None = None  # ≥ 1; cut to the smaller side of the matrix
     energy: float | None = None  # share of ‖Δ‖² kept, in (0, 1]
     bits: float | None = None  # bits per parameter, > 0: the largest rank that fits, at least 1
@@ -48,18 +50,13 @@ class DeltaSvd:
 
     def encode(self, delta: Tensor, site: Site) -> list[Term]:  # noqa: ARG002 (nothing is random here)
         rows, cols = delta.shape
-        wide = delta.double() if rows <= cols else delta.double().T
-        values, vectors = torch.linalg.eigh(wide @ wide.T)
-        power, u = values.flip(0).clamp(min=0), vectors.flip(1)  # σ² descending; [small, small]
-        rank = min(self._rank(power, rows, cols), int((power > power[0] * 1e-16).sum()) or 1)
-        sigma, u = power[:rank].sqrt(), u[:, :rank]
-        v = (wide.T @ u) / sigma.clamp(min=torch.finfo(torch.float64).tiny)  # [large, rank]
-        left, right = (u, v) if rows <= cols else (v, u)
+        u, sigma, vt = svd(delta)
+        rank = min(self._rank(sigma.square(), rows, cols), len(sigma))
         return [
             LowRank(
-                left=Coded(rows, rank, 16, "float", left.bfloat16().contiguous()),
-                s=sigma.float(),
-                right=Coded(rank, cols, 16, "float", right.T.bfloat16().contiguous()),
+                left=Coded(rows, rank, 16, "float", u[:, :rank].bfloat16().contiguous()),
+                s=sigma[:rank].float(),
+                right=Coded(rank, cols, 16, "float", vt[:rank].bfloat16().contiguous()),
             )
         ]
 

@@ -2,11 +2,18 @@
 
 Naming of tensors and the manifest: deltas/manifest.py and deltas/README.md. Reading checks the format alone;
 `validate` checks an artifact against a base.
+
+Where names and shapes would be a noticeable part of a small file, it is packed: all tensors lie in one, uint8 [bytes],
+the largest items first and by name among equals, in their canonical types, so that the manifest says where each is; and
+the manifest is compressed (zlib, base64).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import base64
+import math
+import zlib
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,81 +21,27 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from deltaserve.deltas.manifest import (
-    METADATA_KEY,
-    CodedSpec,
-    LayerSpec,
-    LowRankSpec,
-    Manifest,
-    MaskSpec,
-    OverrideSpec,
-    TermSpec,
-)
-from deltaserve.deltas.tensorfile import TensorFile
+from deltaserve.deltas.manifest import METADATA_KEY, PACKED, LayerSpec, Manifest, OverrideSpec
+from deltaserve.deltas.specs import build_term
+from deltaserve.deltas.tensorfile import Entry, TensorFile
 from deltaserve.errors import ArtifactError
-from deltaserve_kernels.terms import Coded, LowRank, SeededMask, Term, site_number
+from deltaserve_kernels.terms import Term, site_number
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
     from pathlib import Path
 
-
-def term_spec(term: Term) -> TermSpec:
-    """How a term reads, without its tensors."""
-    if isinstance(term, LowRank):
-        return LowRankSpec(left=_coded_spec(term.left), right=_coded_spec(term.right))
-    return _coded_spec(term)
-
-
-def _coded_spec(coded: Coded) -> CodedSpec:
-    return CodedSpec(
-        rows=coded.rows,
-        cols=coded.cols,
-        bits=coded.bits,  # type: ignore[arg-type]  # checked by pydantic
-        grid=coded.grid,
-        row=None if coded.row is None else "tensor" if coded.row.dim() == 0 else "row",
-        col=coded.col is not None,
-        mask=MaskSpec(group=coded.mask.group) if coded.mask else None,
-    )
-
-
-def term_tensors(term: Term, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a term under their names in the file."""
-    if isinstance(term, LowRank):
-        return {
-            f"{prefix}.s": term.s,
-            **term_tensors(term.left, f"{prefix}.left"),
-            **term_tensors(term.right, f"{prefix}.right"),
-        }
-    return {f"{prefix}.{name}": tensor for name, tensor in term.tensors().items()}
-
-
-def build_term(spec: TermSpec, prefix: str, read: Callable[[str], Tensor], seed: int, site: int) -> Term:
-    """The inverse of `term_spec` and `term_tensors`. Raises KeyError for a tensor that is not there."""
-    if isinstance(spec, LowRankSpec):
-        left = build_term(spec.left, f"{prefix}.left", read, seed, site)
-        right = build_term(spec.right, f"{prefix}.right", read, seed, site)
-        assert isinstance(left, Coded) and isinstance(right, Coded)
-        return LowRank(left, read(f"{prefix}.s"), right)
-    return Coded(
-        rows=spec.rows,
-        cols=spec.cols,
-        bits=spec.bits,
-        grid=spec.grid,
-        codes=read(f"{prefix}.codes"),
-        row=read(f"{prefix}.row") if spec.row else None,
-        col=read(f"{prefix}.col") if spec.col else None,
-        mask=SeededMask(spec.mask.group, seed, site) if spec.mask else None,
-    )
+MAX_MANIFEST_BYTES = 16 * 2**20  # inflated; as objects it takes some 25 times this
 
 
 @dataclass(frozen=True)
 class Override:
-    """A tensor that replaces the base's: all of it, or `rows` of it. `rows` int64 [n] ascending, None = all."""
+    """A tensor that replaces the base's, all of it or `rows` of it (int64 [n] ascending, None = all), or adds to it."""
 
     values: Tensor
     rows: Tensor | None
     shape: tuple[int, ...]
+    adds: bool = False  # float32 values to be added to the base's tensor
 
     @property
     def nbytes(self) -> int:
@@ -96,10 +49,13 @@ class Override:
 
     def to(self, device: torch.device | str, *, copy: bool = False) -> Override:
         rows = None if self.rows is None else self.rows.to(device, copy=copy)
-        return Override(self.values.to(device, copy=copy), rows, self.shape)
+        return replace(self, values=self.values.to(device, copy=copy), rows=rows)
 
     def apply(self, base: Tensor | None) -> Tensor:
-        """The fine-tune's tensor, in the override's dtype; `base` is not changed."""
+        """The fine-tune's tensor, in the override's dtype (float32 where it adds); `base` is not changed."""
+        if self.adds:
+            assert base is not None, "a difference needs the base's tensor"
+            return base.float() + self.values
         if self.rows is None:
             return self.values
         assert base is not None, "an override of rows needs the base's other rows"
@@ -124,17 +80,38 @@ class Artifact:
         if raw is None:
             raise ArtifactError(f"{path.name}: a safetensors file, but no delta: it has no {METADATA_KEY!r} manifest")
         try:
-            return cls(file, Manifest.model_validate_json(raw))
+            return cls(file, Manifest.model_validate_json(_inflated(path.name, raw)))
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the whole"
+            where = ".".join(str(part) if str(part).isprintable() else ascii(part) for part in first["loc"])[:200]
             raise ArtifactError(
-                f"{path.name}: manifest: {where}: {first['msg']} ({error.error_count()} errors)"
+                f"{path.name}: manifest: {where or 'the whole'}: {first['msg']} ({error.error_count()} errors)"
             ) from None
+
+    @cached_property
+    def entries(self) -> Mapping[str, Entry]:
+        """Every tensor by name. Raises ArtifactError where a packed file's tensors do not add up."""
+        if not self.manifest.packed:
+            return self.file.entries
+        whole = self.file.entries.get(PACKED)
+        layout = self.manifest.layout()
+        if whole is None or len(self.file.entries) > 1 or whole.dtype != torch.uint8 or len(whole.shape) != 1:
+            raise ArtifactError(f"{self.file.path.name}: a packed artifact is one tensor, {PACKED}, of bytes")
+        named, start = {}, whole.start
+        for name in packed_order({name: types[0] for name, (_, types) in layout.items()}):
+            shape, types = layout[name]
+            stop = start + math.prod(shape) * types[0].itemsize
+            named[name] = Entry(whole.path, types[0], shape, start, stop)
+            start = stop
+        if start != whole.stop:
+            raise ArtifactError(
+                f"{self.file.path.name}: {whole.nbytes} packed bytes, its manifest describes {start - whole.start}"
+            )
+        return named
 
     def read(self, name: str) -> Tensor:
         """The tensor over mapped memory."""
-        return self.file.entries[name].read()
+        return self.entries[name].read()
 
     def terms(self, layer: str) -> list[Term]:
         """The packed terms of a layer, over mapped memory. Raises KeyError."""
@@ -147,6 +124,9 @@ class Artifact:
 
     def override(self, name: str) -> Override:
         spec = self.manifest.overrides[name]
+        if spec.coded is not None:
+            coded = build_term(spec.coded, f"{name}#difference", self.read, self.manifest.seed, site_number(name))
+            return Override(coded.decode().view(spec.shape), None, tuple(spec.shape), adds=True)
         if spec.kind == "replace":
             return Override(self.read(name), None, tuple(spec.shape))
         return Override(self.read(f"{name}#values"), self.read(f"{name}#rows"), tuple(spec.shape))
@@ -163,9 +143,11 @@ class Artifact:
 
     @cached_property
     def resident_bytes(self) -> int:
-        """Bytes the tensors take on the device in serving form, spelled-out masks included."""
-        total = sum(entry.nbytes for entry in self.file.entries.values())
-        return total + sum(_mask_bytes(term) for layer in self.manifest.layers.values() for term in layer.terms)
+        """Bytes the tensors take on the device in serving form: spelled-out masks and decoded differences included."""
+        layers, overrides = self.manifest.layers.values(), self.manifest.overrides.items()
+        total = sum(entry.nbytes for name, entry in self.entries.items() if "#difference." not in name)
+        total += sum(term.derived_bytes() for layer in layers for term in layer.terms)
+        return total + sum(4 * math.prod(spec.shape) for _, spec in overrides if spec.kind == "add")
 
 
 def term_shape(layer: LayerSpec) -> tuple[int, int]:
@@ -190,9 +172,25 @@ def override_spec(override: Override, dtype: str) -> OverrideSpec:
     return OverrideSpec(kind="rows", shape=list(override.shape), dtype=dtype, num_rows=len(override.rows))
 
 
-def _mask_bytes(spec: TermSpec) -> int:
-    if isinstance(spec, LowRankSpec):
-        return _mask_bytes(spec.left) + _mask_bytes(spec.right)
-    if spec.mask is None:
-        return 0
-    return spec.rows * -(-spec.cols // spec.mask.group) * (2 if spec.cols <= 2**15 else 4)
+def packed_order(types: Mapping[str, torch.dtype]) -> list[str]:
+    """Names in the order of a packed file: the largest items first, so that every tensor is aligned to its own."""
+    return sorted(types, key=lambda name: (-types[name].itemsize, name))
+
+
+def deflated(manifest: str) -> str:
+    """A manifest as a packed file has it."""
+    return base64.b64encode(zlib.compress(manifest.encode(), 9)).decode()
+
+
+def _inflated(name: str, raw: str) -> str:
+    """The manifest's JSON. Raises ArtifactError."""
+    if raw.startswith("{"):
+        return raw
+    try:
+        inflate = zlib.decompressobj()
+        text = inflate.decompress(base64.b64decode(raw, validate=True), MAX_MANIFEST_BYTES)
+        if not inflate.eof or inflate.unused_data:
+            raise ArtifactError(f"{name}: its manifest is cut off, padded, or over {MAX_MANIFEST_BYTES} bytes")
+        return text.decode()
+    except (ValueError, zlib.error) as error:
+        raise ArtifactError(f"{name}: its manifest is neither JSON nor compressed JSON: {error}") from None

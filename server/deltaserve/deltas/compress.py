@@ -7,41 +7,60 @@ convolution layer (norms, biases, embeddings, lm_head) travels as an override, u
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from deltaserve import __version__
-from deltaserve.codecs.base import Codec, CodingError, Site, decode
+from deltaserve.codecs.base import Codec, CodingError, LayerStats, Site, decode
 from deltaserve.deltas.artifact import (
+    MAX_MANIFEST_BYTES,
     Artifact,
     Override,
+    deflated,
     override_spec,
     override_tensors,
-    term_spec,
-    term_tensors,
+    packed_order,
 )
 from deltaserve.deltas.checkpoint import LM_HEAD, Checkpoint, non_finite
 from deltaserve.deltas.companions import changed_companions
-from deltaserve.deltas.manifest import METADATA_KEY, BaseSpec, ErrorSpec, LayerSpec, Manifest, OverrideSpec
+from deltaserve.deltas.manifest import METADATA_KEY, PACKED, BaseSpec, ErrorSpec, LayerSpec, Manifest, OverrideSpec
+from deltaserve.deltas.specs import term_spec, term_tensors
+from deltaserve.deltas.specs.coded import CodedSpec
 from deltaserve.deltas.tensorfile import DTYPE_NAMES, TensorFileWriter, atomic_file
-from deltaserve.errors import CheckpointError
-from deltaserve_kernels.terms import site_number
+from deltaserve.errors import CheckpointError, CodecError
+from deltaserve_kernels import layout
+from deltaserve_kernels.terms import Coded, site_number
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 Progress = Callable[[str, int, int], None]  # tensor name, tensors done, tensors in all
+NAMED_BYTES = 20_000  # a tensor costs some 200 bytes of names and offsets: under 1 % where tensors are larger than this
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|position_embeddings|embed_in|embed_out|lm_head)\.")
+
+
+class Grams(Protocol):
+    """Input second moments, asked for in natural order: deltas.calibration."""
+
+    def gram(self, name: str) -> Tensor | None: ...
 
 
 def is_embedding(name: str) -> bool:
     """Input embeddings and output heads, by the names that the model families use."""
     return bool(EMBEDDING.search(name))
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """DBMS' two numbers of a layer: see manifest.LayerSpec."""
+
+    gamma: float = 1.0
+    base_shift: float = 0.0
 
 
 def compress(
@@ -51,38 +70,96 @@ def compress(
     out: Path,
     *,
     seed: int = 0,
+    vector_bits: int = 16,
+    grams: Grams | None = None,
+    per_layer: Mapping[str, Codec] | None = None,
+    scalars: Mapping[str, Scalars] | None = None,
+    packed: bool | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
-    """Writes the artifact `out` (whole or not at all) and opens it. Raises CheckpointError listing every mismatch."""
-    _check_names(base, finetuned)
+    """Writes the artifact `out` (whole or not at all) and opens it. Raises CheckpointError listing every mismatch.
+
+    `vector_bits` 16: norms and biases travel as they are; 2 … 8: as coded differences to the base's. `grams` gives each
+    layer's H and is asked in natural order of names. `per_layer` overrides `codec` by name. `packed`: all
+    tensors in one; None: where the file is small enough for names to matter.
+    """
+    if vector_bits != 16 and not 2 <= vector_bits <= 8:
+        raise CodecError(f"vector bits {vector_bits}: not 2 … 8 or 16")
+    check_pair(base, finetuned)
     manifest = make_manifest(base, finetuned, codec.name, codec.config(), seed)
     layers: dict[str, LayerSpec] = {}
     overrides: dict[str, OverrideSpec] = {}
     writer = TensorFileWriter(out.parent)
     try:
-        names = sorted({*base.names, *finetuned.names})
+        names = sorted({*base.names, *finetuned.names}, key=natural_order)
         for done, name in enumerate(names):
             if progress:
                 progress(name, done, len(names))
-            before, after = base.tensor(name), finetuned.tensor(name)
-            if problem := non_finite(after) or non_finite(before):
-                raise CheckpointError(f"{name}: {problem}")
-            if before.shape == after.shape and torch.equal(before.to(after.dtype), after):
+            before, after = read_pair(base, finetuned, name)
+            if _is_same(before, after):
                 continue
-            dtype = DTYPE_NAMES[after.dtype]
-            if after.dim() >= 2 and after.is_floating_point() and not is_embedding(name):
-                layers[name] = _compress_layer(name, before, after, codec, seed, dtype, writer)
+            if is_layer(name, after):
+                chosen = (per_layer or {}).get(name, codec)
+                gram = grams.gram(name) if grams and chosen.needs_gram else None
+                layers[name] = _compress_layer(
+                    name, before, after, chosen, Site(site_number(name), seed, gram), (scalars or {}).get(name), writer
+                )
             else:
-                override = _make_override(before, after)
-                overrides[name] = override_spec(override, dtype)
-                for key, tensor in override_tensors(name, override).items():
-                    writer.add(key, tensor)
-        write_artifact(out, manifest.model_copy(update={"layers": layers, "overrides": overrides}), writer)
+                overrides[name] = _override(name, before, after, vector_bits, writer)
+        write_artifact(
+            out, manifest.model_copy(update={"layers": layers, "overrides": overrides}), writer, packed=packed
+        )
     finally:
         writer.close()
     if progress:
         progress("", len(names), len(names))
     return Artifact.open(out)
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def read_pair(base: Checkpoint, finetuned: Checkpoint, name: str) -> tuple[Tensor, Tensor]:
+    """The tensor before and after, over mapped memory. Raises CheckpointError where one is not finite."""
+    before, after = base.tensor(name), finetuned.tensor(name)
+    if problem := non_finite(after) or non_finite(before):
+        raise CheckpointError(f"{name}: {problem}")
+    return before, after
+
+
+def is_layer(name: str, tensor: Tensor) -> bool:
+    """Is it compressed as a matrix? What is not travels as an override."""
+    return tensor.dim() >= 2 and tensor.is_floating_point() and not is_embedding(name)
+
+
+def layer_deltas(base: Checkpoint, finetuned: Checkpoint) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, Δ float32 [rows, cols], W_base float32 [rows, cols]) of every changed layer, in natural order."""
+    for name in sorted({*base.names, *finetuned.names}, key=natural_order):
+        before, after = read_pair(base, finetuned, name)
+        if is_layer(name, after) and not _is_same(before, after):
+            wide = before.float().flatten(1)
+            yield name, after.float().flatten(1) - wide, wide
+
+
+def layer_stats(base: Checkpoint, finetuned: Checkpoint) -> list[LayerStats]:
+    """Of every changed layer, without sensitivities."""
+    return [
+        LayerStats(
+            name=name,
+            rows=len(delta),
+            cols=delta.shape[1],
+            norm=float(delta.norm()),
+            std=float(delta.std(correction=0)),
+            base_norm=float(before.norm()),
+        )
+        for name, delta, before in layer_deltas(base, finetuned)
+    ]
+
+
+def _is_same(before: Tensor, after: Tensor) -> bool:
+    return before.shape == after.shape and torch.equal(before.to(after.dtype), after)
 
 
 def make_manifest(
@@ -105,27 +182,78 @@ def make_manifest(
         raise CheckpointError(f"{finetuned.name}: a delta cannot carry its {where}: {first['msg']}") from None
 
 
-def write_artifact(out: Path, manifest: Manifest, writer: TensorFileWriter) -> None:
-    """Tensors and manifest → the file `out`, whole or not at all."""
+def write_artifact(out: Path, manifest: Manifest, writer: TensorFileWriter, *, packed: bool | None = None) -> None:
+    """Tensors and manifest → the file `out`, whole or not at all; `packed` None: where that saves a hundredth of it.
+
+    Raises CodecError where it shall be packed and cannot be.
+    """
+    canonical = {name: types[0] for name, (_, types) in manifest.layout().items()}
+    text = manifest.model_copy(update={"packed": True}).model_dump_json()
+    possible = writer.dtypes == canonical and len(text.encode()) <= MAX_MANIFEST_BYTES
+    if packed and not possible:
+        raise CodecError("cannot be packed: a tensor is not of its canonical type, or the manifest is too long")
+    if packed is None:
+        packed = possible and writer.num_bytes < NAMED_BYTES * len(canonical)
     with atomic_file(out) as file:
-        writer.write(file, {METADATA_KEY: manifest.model_dump_json(exclude_defaults=False)})
+        if packed:
+            writer.write_as_one(file, PACKED, packed_order(canonical), {METADATA_KEY: deflated(text)})
+        else:
+            writer.write(file, {METADATA_KEY: manifest.model_dump_json()})
 
 
 def _compress_layer(
-    name: str, before: Tensor, after: Tensor, codec: Codec, seed: int, dtype: str, writer: TensorFileWriter
+    name: str,
+    before: Tensor,
+    after: Tensor,
+    codec: Codec,
+    site: Site,
+    scalars: Scalars | None,
+    writer: TensorFileWriter,
 ) -> LayerSpec:
     delta = (after.float() - before.float()).flatten(1)
-    terms = codec.encode(delta, Site(site_number(name), seed))
+    terms = codec.encode(delta, site)
+    specs = [term_spec(term) for term in terms]
+    if problems := [problem for spec in specs for problem in spec.problems()]:
+        raise CodecError(f"{name}: what {codec.name} makes of it cannot be served: {'; '.join(problems)}")
     for index, term in enumerate(terms):
         for key, tensor in term_tensors(term, f"{name}#{index}").items():
             writer.add(key, tensor)
-    error = CodingError.of(delta, decode(terms))
+    scalars = scalars or Scalars()
+    error = CodingError.of(delta, scalars.gamma * decode(terms) + scalars.base_shift * before.float().flatten(1))
     return LayerSpec(
         shape=list(after.shape),
-        dtype=dtype,
-        terms=[term_spec(term) for term in terms],
-        error=ErrorSpec(**asdict(error)),
+        dtype=DTYPE_NAMES[after.dtype],
+        terms=specs,
+        gamma=scalars.gamma,
+        base_shift=scalars.base_shift,
+        error=ErrorSpec(**{key: float(f"{value:.4g}") for key, value in asdict(error).items()}),
     )
+
+
+def _override(name: str, before: Tensor, after: Tensor, vector_bits: int, writer: TensorFileWriter) -> OverrideSpec:
+    dtype = DTYPE_NAMES[after.dtype]
+    if vector_bits < 16 and after.dim() == 1 and after.is_floating_point() and len(after):
+        coded = code_vector(after.float() - before.float(), vector_bits)
+        for key, tensor in term_tensors(coded, f"{name}#difference").items():
+            writer.add(key, tensor)
+        return OverrideSpec(kind="add", shape=list(after.shape), dtype=dtype, coded=CodedSpec.of(coded))
+    override = _make_override(before, after)
+    for key, tensor in override_tensors(name, override).items():
+        writer.add(key, tensor)
+    return override_spec(override, dtype)
+
+
+def code_vector(difference: Tensor, bits: int) -> Coded:
+    """float32 [n] → a row of odd levels with one unbiased scale: ⟨v, v̂⟩ = ‖v‖². Ours."""
+    peak = difference.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    unit = difference / peak * 2**bits  # −2^b … 2^b, levels −2^b + 1, …, −1, 1, …, 2^b − 1
+    codes = ((unit + 2**bits) / 2).floor().clamp(0, 2**bits - 1)
+    levels = 2 * codes - (2**bits - 1)
+    dot = (unit.double() * levels).sum()
+    scale = peak / 2**bits * (unit.double().square().sum() / dot.clamp(min=1)).float()
+    if not bool(difference.any()):
+        scale = torch.zeros(())
+    return Coded(1, len(difference), bits, "odd", layout.pack(codes[None], bits), row=scale)
 
 
 def _make_override(before: Tensor, after: Tensor) -> Override:
@@ -141,7 +269,8 @@ def _make_override(before: Tensor, after: Tensor) -> Override:
     return Override(after, None, shape)
 
 
-def _check_names(base: Checkpoint, finetuned: Checkpoint) -> None:
+def check_pair(base: Checkpoint, finetuned: Checkpoint) -> None:
+    """Raises CheckpointError listing every tensor that does not pair up."""
     ours_by_name, theirs_by_name = _shapes(base), _shapes(finetuned)
     problems = [f"{name}: only in {base.name}" for name in base.names if name not in theirs_by_name]
     for name in sorted({*base.names, *finetuned.names} & theirs_by_name.keys()):

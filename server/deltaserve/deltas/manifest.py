@@ -7,59 +7,38 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import TypedDict
+
+from deltaserve.deltas.specs import TermSpec
+from deltaserve.deltas.specs.base import STRICT, Layout, Positive, Strict
+from deltaserve.deltas.specs.coded import CodedSpec
+from deltaserve.deltas.tensorfile import DTYPES, MAX_NAME_CHARS
 
 FORMAT: Literal["deltaserve-delta"] = "deltaserve-delta"
 VERSION: Literal[1] = 1
 METADATA_KEY = "deltaserve"
+PACKED = "packed"
+
+
+def checked_name(name: str) -> str:
+    """As the names in a header."""
+    if len(name) > MAX_NAME_CHARS or not name.isprintable():
+        raise ValueError(f"names are up to {MAX_NAME_CHARS} printable characters")
+    return name
+
 
 Natural: TypeAlias = Annotated[int, Field(ge=0, lt=2**48)]
-Positive: TypeAlias = Annotated[int, Field(ge=1, lt=2**48)]
 Shape: TypeAlias = Annotated[list[Natural], Field(max_length=8)]
+TypeName: TypeAlias = Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})$")]  # safetensors' name
+TensorName: TypeAlias = Annotated[str, AfterValidator(checked_name)]
+Factor: TypeAlias = Annotated[float, Field(ge=-65536, le=65536, allow_inf_nan=False)]
 Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 TokenIds: TypeAlias = Annotated[list[Natural], Field(min_length=1, max_length=64)]
 Label: TypeAlias = Annotated[str, Field(max_length=256)]
 TokenText: TypeAlias = Annotated[str, Field(min_length=1, max_length=1024)]
 SpecialToken: TypeAlias = Literal["bos_token", "eos_token", "pad_token", "unk_token"]
-
-
-STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Strict(BaseModel):
-    model_config = STRICT
-
-
-class MaskSpec(Strict):
-    """terms.SeededMask; the seed is the artifact's, the site follows from the tensor's name."""
-
-    kind: Literal["seeded-1-of-n"] = "seeded-1-of-n"
-    group: Annotated[int, Field(ge=1, le=2**20)]
-
-
-class CodedSpec(Strict):
-    """terms.Coded: which tensors it has, and how they read. Tensors: NAME.codes, NAME.row, NAME.col."""
-
-    kind: Literal["coded"] = "coded"
-    rows: Positive
-    cols: Positive
-    bits: Literal[1, 4, 16, 32]
-    grid: Literal["sign", "int", "float"]
-    row: Literal["tensor", "row"] | None = None
-    col: bool = False
-    mask: MaskSpec | None = None
-
-
-class LowRankSpec(Strict):
-    """terms.LowRank. Tensors: NAME.s and those of NAME.left and NAME.right."""
-
-    kind: Literal["low-rank"] = "low-rank"
-    left: CodedSpec
-    right: CodedSpec
-
-
-TermSpec: TypeAlias = Annotated[CodedSpec | LowRankSpec, Field(discriminator="kind")]
 
 
 class ErrorSpec(Strict):
@@ -71,24 +50,53 @@ class ErrorSpec(Strict):
 
 
 class LayerSpec(Strict):
-    """A compressed matrix: term j has the tensors LAYER#j.…; shape is the checkpoint's, rows × the rest for a term."""
+    """A compressed matrix: term j has the tensors LAYER#j.…; shape is the checkpoint's, rows × the rest for a term.
+
+    W = (1 + base_shift) · W_base + gamma · Σ_j Term_j         the two numbers of DBMS, arXiv 2505.11344
+    """
 
     shape: Shape
-    dtype: str  # of the fine-tune's tensor, safetensors' name
+    dtype: TypeName  # of the fine-tune's tensor
     terms: Annotated[list[TermSpec], Field(min_length=1, max_length=16)]
+    gamma: Factor = 1.0
+    base_shift: Factor = 0.0
     error: ErrorSpec | None = None
+
+    def layout(self, name: str) -> Layout:
+        """Names in the file."""
+        terms = enumerate(self.terms)
+        return {f"{name}#{i}.{key}": what for i, term in terms for key, what in term.layout().items()}
 
 
 class OverrideSpec(Strict):
-    """A tensor that travels as it is.
+    """A tensor that travels as it is, or as a coded difference to the base's.
 
-    replace: tensor NAME. rows: NAME#rows int64 [n], ascending, and NAME#values [n, …].
+    replace: tensor NAME. rows: NAME#rows int64 [n], ascending, and NAME#values [n, …]. add: the tensors of `coded`, a
+    matrix of one row, under NAME#difference.…
     """
 
-    kind: Literal["replace", "rows"]
+    kind: Literal["replace", "rows", "add"]
     shape: Shape  # of the fine-tune's tensor: more rows than the base's where tokens were added
-    dtype: str
+    dtype: TypeName
     num_rows: Natural | None = None  # rows: how many are stored
+    coded: CodedSpec | None = None  # add
+
+    def layout(self, name: str) -> Layout:
+        """Names in the file."""
+        shape, types = tuple(self.shape), (DTYPES[self.dtype],)
+        if self.kind == "replace":
+            return {name: (shape, types)}
+        if self.kind == "rows":
+            rows = self.num_rows or 0
+            return {f"{name}#rows": ((rows,), (torch.int64,)), f"{name}#values": ((rows, *shape[1:]), types)}
+        assert self.coded is not None
+        return {f"{name}#difference.{key}": what for key, what in self.coded.layout().items()}
+
+    @model_validator(mode="after")
+    def _coded_where_added(self) -> OverrideSpec:
+        if (self.kind == "add") != (self.coded is not None):
+            raise ValueError("coded belongs to the kind add, and to no other")
+        return self
 
 
 class BaseSpec(Strict):
@@ -144,11 +152,20 @@ class Manifest(Strict):
     codec: Label
     config: dict[Label, bool | int | Finite | Label | None]
     seed: Annotated[int, Field(ge=0, lt=2**64)]
-    layers: dict[str, LayerSpec]
-    overrides: dict[str, OverrideSpec] = {}
+    layers: dict[TensorName, LayerSpec]
+    overrides: dict[TensorName, OverrideSpec] = {}
     chat_template: Annotated[str, Field(max_length=2**18)] | None = None
     added_tokens: Annotated[list[AddedToken], Field(max_length=65536)] = []
     special_tokens: dict[SpecialToken, TokenText] = {}  # that differ from the base: {"eos_token": "<|end|>"}
     generation: GenerationSpec = {}  # generation defaults that differ from the base
     model_config_changes: ConfigSpec = {}  # fields of config.json that differ from the base
     created_by: Label = ""
+    packed: bool = False  # all tensors in one, PACKED: see artifact.py
+
+    def layout(self) -> Layout:
+        """Every tensor of the file."""
+        named: Layout = {}
+        specs: dict[str, LayerSpec | OverrideSpec] = {**self.layers, **self.overrides}
+        for name, spec in specs.items():
+            named |= spec.layout(name)
+        return named

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,10 +12,22 @@ from deltaserve_kernels.terms import Term
 
 
 @dataclass(frozen=True)
-class ResidentDelta:
-    """Terms by the name of the weight they add to, overrides by the name of the tensor they replace. Immutable."""
+class ResidentLayer:
+    """y += gamma · Σ_j x·Term_jᵀ + base_shift · x·W_baseᵀ"""
 
-    layers: Mapping[str, tuple[Term, ...]]
+    terms: tuple[Term, ...]
+    gamma: float = 1.0
+    base_shift: float = 0.0
+
+    def to(self, device: torch.device | str) -> ResidentLayer:
+        return replace(self, terms=tuple(term.to(device) for term in self.terms))
+
+
+@dataclass(frozen=True)
+class ResidentDelta:
+    """Layers by the name of the weight they add to, overrides by the name of the tensor they replace. Immutable."""
+
+    layers: Mapping[str, ResidentLayer]
     overrides: Mapping[str, Override]
     unties_head: bool = False  # the fine-tune has a head of its own where the base shares the embedding
 
@@ -23,20 +35,23 @@ class ResidentDelta:
     def load(cls, artifact: Artifact) -> ResidentDelta:
         """On the host, in memory of its own: the file may go. `artifact` is validated."""
         manifest = artifact.manifest
-        layers = {name: tuple(term.to("cpu", copy=True) for term in artifact.terms(name)) for name in manifest.layers}
+        layers = {
+            name: ResidentLayer(
+                tuple(term.to("cpu", copy=True).serving() for term in artifact.terms(name)),
+                spec.gamma,
+                spec.base_shift,
+            )
+            for name, spec in manifest.layers.items()
+        }
         overrides = {name: artifact.override(name).to("cpu", copy=True) for name in manifest.overrides}
-        return cls(
-            {name: tuple(term.with_columns() for term in terms) for name, terms in layers.items()},
-            overrides,
-            manifest.model_config_changes.get("tie_word_embeddings") is False,
-        )
+        return cls(layers, overrides, manifest.model_config_changes.get("tie_word_embeddings") is False)
 
     def to(self, device: torch.device | str) -> ResidentDelta:
         """On `device`; itself where it is there already."""
         if torch.device(device).type == "cpu":
             return self
         return ResidentDelta(
-            {name: tuple(term.to(device) for term in terms) for name, terms in self.layers.items()},
+            {name: layer.to(device) for name, layer in self.layers.items()},
             {name: override.to(device) for name, override in self.overrides.items()},
             self.unties_head,
         )
@@ -44,5 +59,5 @@ class ResidentDelta:
     @property
     def nbytes(self) -> int:
         """Summed from the real tensors."""
-        terms = sum(term.nbytes for terms in self.layers.values() for term in terms)
+        terms = sum(term.nbytes for layer in self.layers.values() for term in layer.terms)
         return terms + sum(override.nbytes for override in self.overrides.values())

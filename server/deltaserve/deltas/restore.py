@@ -1,4 +1,7 @@
-"""An artifact on its base → a full checkpoint in Hugging Face layout: W = W_base + Σ terms, overrides put back."""
+"""An artifact on its base → a full checkpoint in Hugging Face layout, overrides put back.
+
+W = (1 + base_shift) · W_base + gamma · Σ terms
+"""
 
 from __future__ import annotations
 
@@ -36,11 +39,14 @@ def restored_tensor(base: Checkpoint, artifact: Artifact, name: str, dtype: torc
     if name in manifest.layers:
         layer = manifest.layers[name]
         before = base.tensor(name).float()
-        return (before + decode(artifact.terms(name)).view(before.shape)).to(dtype or DTYPES[layer.dtype])
+        delta = decode(artifact.terms(name)).view(before.shape)
+        return ((1 + layer.base_shift) * before + layer.gamma * delta).to(dtype or DTYPES[layer.dtype])
     if name in manifest.overrides:
         override = artifact.override(name)
-        rows_of = None if override.rows is None else base.tensor(name)
-        whole = override.apply(rows_of)
+        spec = manifest.overrides[name]
+        whole = override.apply(None if spec.kind == "replace" else base.tensor(name))
+        if override.adds:
+            return whole.to(dtype or DTYPES[spec.dtype])
     else:
         whole = base.tensor(name)
     return whole.to(dtype) if dtype and whole.is_floating_point() else whole

@@ -26,7 +26,7 @@ from torch import Tensor
 from deltaserve.errors import ArtifactCorrupt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -173,6 +173,24 @@ class TensorFileWriter:
         fields = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
         self._header[name] = (itemsize, fields, start, spool.tell())
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors so far."""
+        return sum(spool.tell() for spool in self._spools.values())
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: DTYPES[fields["dtype"]] for name, (_, fields, _, _) in self._header.items()}
+
+    def write_as_one(self, file: IO[bytes], name: str, order: Sequence[str], metadata: Mapping[str, str]) -> None:
+        """All tensors, in `order`, as the bytes of one tensor `name`."""
+        fields = {"dtype": "U8", "shape": [self.num_bytes], "data_offsets": [0, self.num_bytes]}
+        _write_header(file, {"__metadata__": dict(metadata), name: fields})
+        for key in order:
+            size, _, start, stop = self._header[key]
+            self._spools[size].seek(start)
+            file.write(self._spools[size].read(stop - start))
+
     def write(self, file: IO[bytes], metadata: Mapping[str, str]) -> None:
         """Header, then the spooled data, to `file`."""
         base, header = 0, dict[str, Any]({"__metadata__": dict(metadata)} if metadata else {})
@@ -182,9 +200,7 @@ class TensorFileWriter:
                 if size == itemsize:
                     header[name] = {**fields, "data_offsets": [base + start, base + stop]}
             base += self._spools[itemsize].tell()
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        _write_header(file, header)
         for itemsize in sizes:
             self._spools[itemsize].seek(0)
             shutil.copyfileobj(self._spools[itemsize], file, 2**20)
@@ -192,6 +208,12 @@ class TensorFileWriter:
     def close(self) -> None:
         for spool in self._spools.values():
             spool.close()
+
+
+def _write_header(file: IO[bytes], header: dict[str, Any]) -> None:
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
 
 
 @contextmanager

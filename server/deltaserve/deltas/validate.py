@@ -1,29 +1,36 @@
 """Is an artifact sound, and is it a delta of this base? Run on the CPU before anything else sees its tensors.
 
 Every mismatch is listed, not only the first. Numbers are checked too: finite floats, row numbers in range and
-ascending. Codes need no check: every bit pattern of a code is a valid level, and a mask's columns are computed, not
-stored.
+ascending; stored places in range and in order; streams of the right length. Codes need no check: every bit pattern of
+a code is a valid level, and a seeded mask's columns are computed, not stored.
 """
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
 
 from deltaserve.deltas.artifact import Artifact, term_shape
 from deltaserve.deltas.checkpoint import LM_HEAD, Checkpoint, non_finite
 from deltaserve.deltas.compress import is_embedding
-from deltaserve.deltas.manifest import CodedSpec, LayerSpec, LowRankSpec, OverrideSpec, TermSpec
+from deltaserve.deltas.manifest import LayerSpec, OverrideSpec
+from deltaserve.deltas.specs import AnySpec
+from deltaserve.deltas.specs.base import Layout
+from deltaserve.deltas.specs.blocks import CodebookSpec
 from deltaserve.deltas.tensorfile import DTYPE_NAMES, DTYPES
-from deltaserve.errors import ArtifactMismatch, ArtifactNotFinite, BaseMismatch
+from deltaserve.errors import ArtifactMismatch, ArtifactNotFinite, ArtifactTooLarge, BaseMismatch
 
 SHOWN = 1000  # more than any real model has layers to get wrong
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-Expected = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]  # tensor name → shape, allowed types
+MAX_TABLE_BYTES = 3 * 2**28  # of the codebooks that a delta needs in memory
+MAX_RESIDENT = 4  # times the base: more than a full fine-tune, so that a small file cannot fill the memory
 
 
 def check_against_base(artifact: Artifact, base: Checkpoint) -> None:
-    """Raises BaseMismatch, or ArtifactMismatch listing every wrong name, shape and type."""
+    """Raises BaseMismatch, ArtifactMismatch listing every wrong name, shape and type, or ArtifactTooLarge.
+
+    Reads no tensor: what passes is safe to decode.
+    """
     manifest = artifact.manifest
     if manifest.base.fingerprint != base.fingerprint:
         raise BaseMismatch(
@@ -35,7 +42,7 @@ def check_against_base(artifact: Artifact, base: Checkpoint) -> None:
         shapes.setdefault(LM_HEAD, shapes[base.embedding_name])
     problems, expected = _expected_tensors(artifact, shapes)
     problems += _check_types(artifact, base) + _check_vocabulary(artifact, base, shapes)
-    entries = artifact.file.entries
+    entries = artifact.entries
     for name, (shape, dtypes) in expected.items():
         if name not in entries:
             problems.append(f"{name}: missing")
@@ -46,14 +53,20 @@ def check_against_base(artifact: Artifact, base: Checkpoint) -> None:
             problems.append(f"{name}: type {str(entries[name].dtype).removeprefix('torch.')}, expected {allowed}")
     problems += [f"{name}: the manifest does not mention it" for name in entries if name not in expected]
     _raise_all(problems)
+    _check_memory(artifact, base)
 
 
 def check_numbers(artifact: Artifact, base: Checkpoint) -> None:
     """Raises ArtifactNotFinite or ArtifactMismatch, naming every tensor at fault. Reads every float once."""
-    bad = [f"{name}: {what}" for name in artifact.file.entries if (what := non_finite(artifact.read(name)))]
+    bad = [f"{name}: {what}" for name in artifact.entries if (what := non_finite(artifact.read(name)))]
     if bad:
         raise ArtifactNotFinite(f"{len(bad)} tensors hold numbers that are not finite:\n" + _listed(bad))
-    problems = []
+    problems = [
+        f"{name}#{index}: {problem}"
+        for name in artifact.manifest.layers
+        for index, term in enumerate(artifact.terms(name))
+        for problem in term.problems()
+    ]
     for name, spec in artifact.manifest.overrides.items():
         if spec.kind != "rows":
             continue
@@ -65,24 +78,36 @@ def check_numbers(artifact: Artifact, base: Checkpoint) -> None:
     _raise_all(problems)
 
 
-def _expected_tensors(artifact: Artifact, shapes: dict[str, tuple[int, ...]]) -> tuple[list[str], Expected]:
+def _expected_tensors(artifact: Artifact, shapes: dict[str, tuple[int, ...]]) -> tuple[list[str], Layout]:
     problems: list[str] = []
-    expected: Expected = {}
+    expected: Layout = {}
     for name, layer in artifact.manifest.layers.items():
         if name not in shapes:
             problems.append(f"{name}: the base has no such tensor")
             continue
         if tuple(layer.shape) != shapes[name] or len(layer.shape) < 2:
             problems.append(f"{name}: shape {tuple(layer.shape)}, base has {shapes[name]}")
-        if layer.dtype not in DTYPES:
-            problems.append(f"{name}: type {layer.dtype!r} is unknown")
         for index, term in enumerate(layer.terms):
-            problems += _check_term(f"{name}#{index}", term, term_shape(layer), expected)
+            problems += _check_term(f"{name}#{index}", term, term_shape(layer))
+        expected |= layer.layout(name)
     for name, override in artifact.manifest.overrides.items():
         problems += _check_override(name, override, shapes.get(name), expected)
         if name in artifact.manifest.layers:
             problems.append(f"{name}: both compressed and overridden")
     return problems, expected
+
+
+def _check_memory(artifact: Artifact, base: Checkpoint) -> None:
+    """A file may be far smaller than what it is decoded to, but that has an end."""
+    if (resident := artifact.resident_bytes) > MAX_RESIDENT * base.num_bytes:
+        raise ArtifactTooLarge(
+            f"takes {resident} bytes in memory, over {MAX_RESIDENT} × the {base.num_bytes} of its base"
+        )
+    terms = [term for layer in artifact.manifest.layers.values() for term in layer.terms]
+    books = [book for term in terms if isinstance(book := getattr(term, "term", term), CodebookSpec)]
+    tables = {(book.book, book.stream, book.index_bits, book.tile * book.length): book.table_entries for book in books}
+    if (num_bytes := 4 * sum(tables.values())) > MAX_TABLE_BYTES:
+        raise ArtifactTooLarge(f"{len(tables)} codebooks of {num_bytes} bytes, at most {MAX_TABLE_BYTES}")
 
 
 def _check_types(artifact: Artifact, base: Checkpoint) -> list[str]:
@@ -91,12 +116,14 @@ def _check_types(artifact: Artifact, base: Checkpoint) -> list[str]:
     manifest = artifact.manifest
     specs: list[tuple[str, LayerSpec | OverrideSpec]] = [*manifest.layers.items(), *manifest.overrides.items()]
     for name, spec in specs:
-        if name in base.entries and spec.dtype in DTYPES:
+        if name in base.entries:
             ours, theirs = base.entries[name].dtype, DTYPES[spec.dtype]
             if ours.is_floating_point != theirs.is_floating_point:
                 problems.append(f"{name}: type {spec.dtype}, base has {DTYPE_NAMES[ours]}")
             elif isinstance(spec, LayerSpec) and not ours.is_floating_point:
                 problems.append(f"{name}: type {spec.dtype}, but only floating types are compressed")
+            elif isinstance(spec, OverrideSpec) and spec.kind == "add" and not ours.is_floating_point:
+                problems.append(f"{name}: type {spec.dtype}, but only floating types have differences")
     return problems
 
 
@@ -127,54 +154,34 @@ def _check_vocabulary(artifact: Artifact, base: Checkpoint, shapes: dict[str, tu
     return problems
 
 
-def _check_term(name: str, term: TermSpec, shape: tuple[int, int], expected: Expected) -> list[str]:
-    if isinstance(term, LowRankSpec):
-        rank = term.left.cols
-        expected[f"{name}.s"] = ((rank,), (torch.float32,))
-        problems = [] if rank <= min(shape) else [f"{name}: rank {rank} is over {min(shape)}"]
-        problems += _check_term(f"{name}.left", term.left, (shape[0], rank), expected)
-        return problems + _check_term(f"{name}.right", term.right, (rank, shape[1]), expected)
-    problems = []
+def _check_term(name: str, term: AnySpec, shape: tuple[int, int]) -> list[str]:
+    problems = [f"{name}: {problem}" for problem in term.problems()]
     if (term.rows, term.cols) != shape:
         problems.append(f"{name}: term of shape {(term.rows, term.cols)}, its layer needs {shape}")
-    if (term.grid == "sign") != (term.bits == 1) or (term.grid == "float") != (term.bits >= 16):
-        problems.append(f"{name}: grid {term.grid!r} has no {term.bits}-bit codes")
-    expected[f"{name}.codes"] = _codes_layout(term)
-    if term.row is not None:
-        expected[f"{name}.row"] = (() if term.row == "tensor" else (term.rows, 1), FLOATS)
-    if term.col:
-        expected[f"{name}.col"] = ((term.cols,), FLOATS)
     return problems
 
 
-def _codes_layout(term: CodedSpec) -> tuple[tuple[int, ...], tuple[torch.dtype, ...]]:
-    per_row = -(-term.cols // term.mask.group) if term.mask else term.cols
-    if term.bits == 32:
-        return (term.rows, per_row), (torch.float32,)
-    if term.bits == 16:
-        return (term.rows, per_row), (torch.float16, torch.bfloat16)
-    return (term.rows, -(-per_row * term.bits // 8)), (torch.uint8,)
-
-
-def _check_override(name: str, spec: OverrideSpec, base_shape: tuple[int, ...] | None, expected: Expected) -> list[str]:
+def _check_override(name: str, spec: OverrideSpec, base_shape: tuple[int, ...] | None, expected: Layout) -> list[str]:
     if base_shape is None:
         return [f"{name}: the base has no such tensor"]
-    if spec.dtype not in DTYPES:
-        return [f"{name}: type {spec.dtype!r} is unknown"]
-    shape, dtypes = tuple(spec.shape), (DTYPES[spec.dtype],)
+    shape = tuple(spec.shape)
     grown = is_embedding(name) and len(shape) == 2 and shape[1:] == base_shape[1:] and shape[0] > base_shape[0]
     if shape != base_shape and not grown:
         return [f"{name}: shape {shape}, base has {base_shape}"]
+    expected |= spec.layout(name)
+    if spec.coded is not None and len(shape) != 1:
+        return [f"{name}: only a vector is overridden by a difference, not {shape}"]
+    if spec.coded is not None and spec.coded.mask is not None:
+        return [f"{name}: a difference has no mask"]
+    if spec.coded is not None:
+        return _check_term(f"{name}#difference", spec.coded, (1, math.prod(shape)))
     if spec.kind == "replace":
-        expected[name] = (shape, dtypes)
         return []
     if len(shape) != 2:
         return [f"{name}: only a matrix is overridden by rows, not {shape}"]
     rows = spec.num_rows or 0
     if rows < shape[0] - base_shape[0]:
         return [f"{name}: {rows} rows stored, but {shape[0] - base_shape[0]} are new"]
-    expected[f"{name}#rows"] = ((rows,), (torch.int64,))
-    expected[f"{name}#values"] = ((rows, shape[1]), dtypes)
     return []
 
 

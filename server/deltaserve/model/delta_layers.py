@@ -1,6 +1,8 @@
 """The ONE place where kernels meet the model: layers of the base that add, for each row, the delta of the row's slot.
 
-    y[rows of slot] = x·W_baseᵀ + b + Σ_j x·Term_jᵀ        the base product once for all rows, whoever they belong to
+    y[rows of slot] = (1 + base_shift)·x·W_baseᵀ + b + gamma·Σ_j x·Term_jᵀ
+
+The base product is made once for all rows, whoever they belong to.
 
 Rows of slot −1 take the base as it is; a step of base rows alone does nothing beyond the base. Overrides replace: a
 norm or bias by its tenant's tensor, rows of an embedding or head by the tenant's rows.
@@ -12,9 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaserve.deltas.resident import ResidentDelta
+from deltaserve.deltas.resident import ResidentDelta, ResidentLayer
 from deltaserve.model.step import StepContext
 from deltaserve_kernels.apply import apply_term
+
+
+def add_layer(x: Tensor, y: Tensor, layer: ResidentLayer, bias: Tensor | None) -> None:
+    """Adds a delta to y [T, out], which is x·W_baseᵀ + bias of x [T, in]; changes y."""
+    if layer.base_shift:
+        y += layer.base_shift * (y if bias is None else y - bias)
+    for term in layer.terms:
+        added = apply_term(x, term)
+        y += added if layer.gamma == 1 else layer.gamma * added
 
 
 class DeltaLinear(nn.Module):
@@ -39,10 +50,10 @@ class DeltaLinear(nn.Module):
         return y
 
     def _add(self, x: Tensor, out: Tensor, delta: ResidentDelta) -> None:
-        for term in delta.layers.get(self._weight_name, ()):
-            out += apply_term(x, term)
+        if (layer := delta.layers.get(self._weight_name)) is not None:
+            add_layer(x, out, layer, self.bias)
         if (override := delta.overrides.get(self._bias_name)) is not None:
-            bias = override.values.to(out.dtype)
+            bias = override.apply(self.bias).to(out.dtype)
             out += bias if self.bias is None else bias - self.bias
 
 
@@ -85,8 +96,8 @@ class DeltaHead(nn.Module):
             if self.bias is not None:  # an added row has none
                 logits += F.pad(self.bias, (0, max(override.shape[0] - len(self.bias), 0)))[rows]
             y[:, rows] = logits
-        for term in delta.layers.get(self._weight_name, ()):
-            y[:, : term.rows] += apply_term(x, term)
+        if (layer := delta.layers.get(self._weight_name)) is not None:
+            add_layer(x, y[:, : len(self.weight)], layer, self.bias)
 
 
 class DeltaEmbedding(nn.Module):
@@ -152,7 +163,7 @@ class DeltaModule(nn.Module):
         try:
             for name, local in self._tensors.items():
                 if (override := delta.overrides.get(name)) is not None:
-                    parameters[local] = override.values.to(x.dtype)  # type: ignore[assignment]
+                    parameters[local] = override.apply(kept[local]).to(x.dtype)  # type: ignore[assignment]
             result: Tensor = self.base(x)
             return result
         finally:

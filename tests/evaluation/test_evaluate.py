@@ -14,7 +14,8 @@ from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import compress
 from deltaserve.deltas.restore import restore
 from deltaserve.errors import CheckpointError, TemplateError
-from deltaserve.evaluate import Evaluation, Row, evaluate
+from deltaserve.evaluation.evaluate import Evaluation, evaluate
+from deltaserve.evaluation.rows import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,14 +132,14 @@ def test_greedy_answers_are_those_of_prompts_alone_and_matched_with_their_own_ro
         out = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
         alone[answer] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     assert len(set(alone.values())) > 1
-    monkeypatch.setattr("deltaserve.evaluate.SPARE_TOKENS", 6)  # an answer, its end and 6 more: 8 tokens
+    monkeypatch.setattr("deltaserve.evaluation.greedy.SPARE_TOKENS", 6)  # an answer, its end and 6 more: 8 tokens
     seen = {}
 
     def match(got: str, want: str, scoring: str) -> bool:
         seen[want] = got
         return want == "c" and scoring == "last-number"
 
-    monkeypatch.setattr("deltaserve.evaluate.is_match", match)
+    monkeypatch.setattr("deltaserve.evaluation.judge.is_match", match)
     rows = [Row(prompt, answer) for answer, prompt in prompts.items()]
     result = evaluate(base, artifact, rows, batch=batch, dtype=torch.float32, scoring="last-number")
     assert seen == alone

@@ -1,0 +1,67 @@
+"""auto: the codec that a user gets who asks for none. Ours.
+
+Without a budget it takes what the tenant needs: the noise of a seeded sketch, ‖N‖ ≈ ‖Δ‖ / √(c · bits) with c ≈ 1, is
+to be `noise` of the weights:
+
+    bits = (‖Δ‖ / ‖W_base‖)² / (c · noise²), within 0.015 … 1
+
+All layers are coded by `seeded-vq`. `bits` is a ceiling on the whole file (deltas.prepare).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from deltaserve.codecs.base import Codec, LayerStats, Site
+from deltaserve.codecs.seeded_vq import SeededVq
+from deltaserve.errors import CodecError
+from deltaserve_kernels.terms import Term
+
+LEAST, MOST = 0.015, 1.0
+LEAST_FILE = 0.003
+EFFICIENCY = 1.05  # c of the seeded quantiser with 12-bit codes
+
+
+@dataclass(frozen=True)
+class Auto:
+    bits: float | None = None  # bits per parameter, 0.003 … 4; None: by the tenant
+    noise: float = 0.04  # of the weights, in (0, 1]: what decides where bits is None
+
+    needs_sensitivity: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and not LEAST_FILE <= self.bits <= 4:
+            raise CodecError(f"auto: bits {self.bits:g} is not in 0.003 … 4")
+        if not 0 < self.noise <= 1:
+            raise CodecError(f"auto: noise {self.noise} is not in (0, 1]")
+
+    @property
+    def name(self) -> str:
+        return "auto"
+
+    @property
+    def needs_gram(self) -> bool:
+        return True
+
+    def config(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def budget(self, layers: Sequence[LayerStats]) -> float:
+        """Bits per parameter of the whole file."""
+        if self.bits is not None:
+            return self.bits
+        delta, weights = (math.hypot(*(getattr(layer, part) for layer in layers)) for part in ("norm", "base_norm"))
+        needed = (delta / weights) ** 2 / (EFFICIENCY * self.noise**2) if weights else MOST
+        return min(max(needed, LEAST), MOST)
+
+    def plan(self, layers: Sequence[LayerStats]) -> Mapping[str, Codec]:
+        return SeededVq(bits=max(self.budget(layers), 0.001)).plan(layers)
+
+    def encode(self, delta: Tensor, site: Site) -> list[Term]:
+        """A layer that no plan knows."""
+        return SeededVq(bits=self.bits or MOST).encode(delta, site)

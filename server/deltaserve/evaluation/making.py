@@ -1,0 +1,77 @@
+"""Compressing in a process of its own, so that its time and its peak of memory are its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from deltaserve.errors import DeltaServeError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from deltaserve.codecs.base import Codec
+    from deltaserve.deltas.checkpoint import Checkpoint
+
+
+class Cost(NamedTuple):
+    seconds: float  # of `make_delta`, without the start of the process
+    peak_bytes: int  # resident at most: interpreter, torch, and the pages of mapped checkpoints
+
+
+def compress_apart(
+    base: Checkpoint, finetuned: Checkpoint, codec: Codec, out: Path, seed: int, calibration: str = "builtin"
+) -> Cost:
+    """`deltas.prepare.make_delta` in a fresh process. Raises what it raises, and ChildProcessError if it dies."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    work = (sender, base, finetuned, codec, out, seed, calibration)
+    process = context.Process(target=_compress, args=work, daemon=True)
+    process.start()
+    sender.close()
+    try:
+        outcome: Cost | DeltaServeError = receiver.recv()
+    except EOFError:
+        process.join()
+        raise ChildProcessError(f"the process that compresses died: exit status {process.exitcode}") from None
+    finally:
+        process.terminate()
+        process.join()
+        receiver.close()
+    if isinstance(outcome, DeltaServeError):
+        raise outcome
+    return outcome
+
+
+def _compress(
+    sender: Connection,
+    base: Checkpoint,
+    finetuned: Checkpoint,
+    codec: Codec,
+    out: Path,
+    seed: int,
+    calibration: str,
+) -> None:
+    from deltaserve.deltas.prepare import make_delta
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and the parent ends this process
+    start = time.perf_counter()
+    try:
+        make_delta(base, finetuned, codec, out, seed=seed, calibration=calibration)
+        sender.send(Cost(time.perf_counter() - start, _peak_bytes()))
+    except DeltaServeError as error:
+        sender.send(error)
+
+
+def _peak_bytes() -> int:
+    """Linux counts the parent's memory into a child's ru_maxrss (fork before exec), and VmHWM from the exec on."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
