@@ -127,22 +127,30 @@ class Tenant:
 def make_tenant(
     tiny_base: Path, make_finetune: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Tenant]:
-    """make_tenant(name, codec, options, finetuned=DIRECTORY or None, **of make_finetune)"""
+    """make_tenant(name, codec, options, finetuned=DIRECTORY or None, prepared=by make_delta, **of make_finetune)"""
     import torch
 
     from deltaserve.codecs.registry import make_codec
     from deltaserve.deltas.checkpoint import Checkpoint
     from deltaserve.deltas.compress import compress
+    from deltaserve.deltas.prepare import make_delta
     from deltaserve.deltas.restore import restore
 
-    def make(name: str, codec: str, options: Any = None, finetuned: Path | None = None, **changes: Any) -> Tenant:
+    def make(
+        name: str,
+        codec: str,
+        options: Any = None,
+        finetuned: Path | None = None,
+        prepared: bool = False,
+        **changes: Any,
+    ) -> Tenant:
         folder = tmp_path_factory.mktemp(name)
         if finetuned is None:
             finetuned = make_finetune(tiny_base, folder / "tuned", **{"scale": 0.05, "seed": 1, **changes})
         base = Checkpoint.open(tiny_base)
         out = folder / "delta.safetensors"
         made = make_codec(codec, None, options)
-        artifact = compress(base, Checkpoint.open(finetuned), made, out, seed=7)
+        artifact = (make_delta if prepared else compress)(base, Checkpoint.open(finetuned), made, out, seed=7)
         restore(base, artifact, folder / "restored", dtype=torch.float32)
         return Tenant(name, out.read_bytes(), folder / "restored")
 

@@ -52,6 +52,9 @@ class Settings(BaseSettings):
     max_cpu_delta_bytes: int | None = Field(None, ge=1, description="bytes of deltas in host memory")
     max_upload_bytes: int = Field(16 * 2**30, ge=1, description="largest artifact that is accepted")
     shutdown_timeout_s: int = Field(30, ge=0, description="seconds that running requests get after SIGTERM")
+    keep_alive_timeout_s: int = Field(
+        75, ge=1, description="seconds an idle connection stays open; longer than those of balancers and clients (60)"
+    )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the model (default: torch's)")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged")
 

@@ -16,21 +16,32 @@ from deltaserve.errors import TemplateError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import ModuleType
 
-TIMEOUT_S = 1.0
-PROMPTLY_S = 5.0  # a fresh worker on a busy machine; on an idle one it is 0.3 s
+TIMEOUT_S = 1.0  # for templates that must run out of it; on a busy machine a sound one may, too
+PATIENCE_S = 30.0  # for all others
+PROMPTLY_S = 20.0  # a fresh worker on a busy machine, sooner than a stuck one ends; on an idle one it is 0.3 s
 NORMAL = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 MESSAGES: dict[str, object] = {"messages": [{"role": "user", "content": "hello"}]}
 SECRET = "sk-not-for-templates"
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[TemplateRenderer]:
+def rendering(timeout_s: float) -> Iterator[TemplateRenderer]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DELTASERVE_ADMIN_KEY", SECRET)
-        renderer = TemplateRenderer(timeout_s=TIMEOUT_S, max_output_chars=100_000)
+        renderer = TemplateRenderer(timeout_s=timeout_s, max_output_chars=100_000)
         yield renderer
         renderer.close()
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[TemplateRenderer]:
+    yield from rendering(PATIENCE_S)
+
+
+@pytest.fixture(scope="module")
+def shared_hasty() -> Iterator[TemplateRenderer]:
+    yield from rendering(TIMEOUT_S)
 
 
 @pytest.fixture
@@ -40,6 +51,21 @@ def renderer(shared: TemplateRenderer) -> Iterator[TemplateRenderer]:
     start = time.monotonic()
     assert shared.render(NORMAL, MESSAGES) == "user: hello\n"
     assert time.monotonic() - start < PROMPTLY_S
+
+
+@pytest.fixture
+def hasty(shared_hasty: TemplateRenderer, process: ModuleType) -> Iterator[TemplateRenderer]:
+    """The same for attacks on the time limit."""
+
+    def in_order() -> bool:
+        try:
+            return shared_hasty.render(NORMAL, MESSAGES) == "user: hello\n"
+        except TemplateError as error:
+            assert "took longer than 1 s" in error.message
+            return False
+
+    yield shared_hasty
+    process.wait_until(in_order, "the renderer is in order", PROMPTLY_S)
 
 
 # Threat: walking from any value to its class, from there to every class loaded, and so to os.system.
@@ -116,10 +142,10 @@ ENDLESS = [
 
 
 @pytest.mark.parametrize("template", ENDLESS, ids=range(len(ENDLESS)))
-def test_a_template_without_end_is_ended(renderer: TemplateRenderer, template: str) -> None:
+def test_a_template_without_end_is_ended(hasty: TemplateRenderer, template: str) -> None:
     start = time.monotonic()
     with pytest.raises(TemplateError, match="took longer than 1 s|characters"):
-        renderer.render(template, MESSAGES)
+        hasty.render(template, MESSAGES)
     assert time.monotonic() - start < TIMEOUT_S + PROMPTLY_S
 
 
@@ -140,9 +166,9 @@ MEMORY_BOMBS = [
 
 
 @pytest.mark.parametrize("template", MEMORY_BOMBS, ids=range(len(MEMORY_BOMBS)))
-def test_a_memory_bomb_goes_off_in_the_worker_alone(renderer: TemplateRenderer, template: str) -> None:
+def test_a_memory_bomb_goes_off_in_the_worker_alone(hasty: TemplateRenderer, template: str) -> None:
     with pytest.raises(TemplateError, match=r"needed more than 512 MiB|took longer than 1 s"):
-        renderer.render(template, MESSAGES)
+        hasty.render(template, MESSAGES)
 
 
 # Threat: constants are computed when a template is compiled, and a cache keeps them, out of the next tenant's share.

@@ -177,8 +177,8 @@ def test_the_same_table_counts_once(wide_target: Target) -> None:
 
 
 INFLATED: dict[str, tuple[Callable[[int], bytes], str]] = {
-    "more than it should": (lambda size: stream(100 * size), "the stream holds other"),
-    "less than it should": (lambda size: stream(size - 1), "the stream holds other"),
+    "more than it should": (lambda size: stream(100 * size), "the stream is cut off, or too long"),
+    "less than it should": (lambda size: stream(size - 1), "the stream holds another matrix"),
     "no stream": (lambda size: b"x" * 64, "the stream is damaged"),
 }
 

@@ -90,11 +90,12 @@ def test_an_interruption_leaves_what_is_done_and_the_next_run_goes_on(
     words += [*CODECS, "--no-plot"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "deltaserve", *words]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = subprocess.Popen(command, **pipes, env=environment, start_new_session=True)
     try:
         lines = out / "comparison.jsonl"
         process.wait_until(lambda: lines.exists() and '"result"' in lines.read_text(), "a cell is done", 120)
-        running.send_signal(signal.SIGINT)
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does: the process that compresses gets it too
         _, printed = running.communicate(timeout=60)
     finally:
         running.kill()

@@ -13,10 +13,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from deltaserve.codecs.base import Codec, CodingError, Site, decode
-from deltaserve.codecs.registry import CODECS, Budget, make_codec
+from deltaserve.codecs.budget import Budget
+from deltaserve.codecs.registry import CODECS, make_codec
 from deltaserve.deltas.specs import TermSpec, build_term, term_spec, term_tensors
 from deltaserve_kernels import layout
-from deltaserve_kernels.terms import Codebook, Coded, LowRank, Placed, Rotated, Term
+from deltaserve_kernels.terms import Codebook, Coded, Exact, LowRank, Patches, Placed, Rotated, Term
 
 SITE = Site(number=5, seed=7)
 
@@ -69,9 +70,42 @@ CASES = [
     *(Case("seeded-vq", {"bits": bits, "code_bits": 5}) for bits in (0.03, 0.06, 0.5, 2.0)),
     Case("auto", {"bits": 0.03}),
     Case("auto"),
+    *(Case("higgs", {"bits": bits, "estimator": e}) for bits in (0.5, 1.1, 4.0) for e in ("unbiased", "paper")),
+    Case("higgs", {"bits": 2.2, "scale": "tensor", "block": 64}),
+    Case("higgs", {"bits": 2.2, "length": 4, "block": 1}),
+    Case("delta-come", budget=Budget(bits=0.5)),
+    *(
+        Case("delta-come", {"estimator": e, "scale": "peak", "step_group": 32}, Budget(bits=3))
+        for e in ("unbiased", "paper")
+    ),
+    *(
+        Case("deltamix", {"mixed": mixed, "corrected": corrected}, Budget(bits=1))
+        for mixed in (True, False)
+        for corrected in (True, False)
+    ),
+    Case("deltamix", {"u_bits": "same", "errors": "right", "estimator": "paper"}, Budget(bits=0.25)),
+    Case("deltamix", {"u_bits": 4, "max_widths": 1}, Budget(bits=8)),
+    Case("lossless", settles=0.0),
     Case("delta-svd", budget=Budget(rank=2), settles=0.01),
     Case("delta-svd", budget=Budget(energy=0.9)),
     Case("delta-svd", budget=Budget(bits=4)),
+    *(
+        Case("delta-dct", {"patch": 8, "split": split, "estimator": estimator}, Budget(bits=1))
+        for split, estimator in (("even", "unbiased"), ("even", "paper"), ("2-0", "paper"), ("2-1-0", "unbiased"))
+    ),
+    Case("delta-dct", {"rescale": False}, Budget(bits=0.3)),
+    *(Case("dqrelo", {"estimator": e}, Budget(bits=8)) for e in ("unbiased", "paper")),
+    Case("dqrelo", {"factor_bits": 3}, Budget(bits=3)),
+    Case("impart", budget=Budget(bits=0.5), draws=True),
+    Case("impart", {"exponent": 2.0, "estimator": "paper"}, Budget(bits=4), draws=True),
+    *(
+        Case("impart", {"quantised": False, "exponent": 2.0, "estimator": e}, Budget(bits=10), draws=True)
+        for e in ("unbiased", "paper")
+    ),
+    *(Case("loraquant", {"estimator": e}, Budget(bits=2)) for e in ("unbiased", "paper")),
+    Case("loraquant", {"coverage": 0.5, "high_bits": 3}, Budget(bits=1)),
+    Case("lora-svd", budget=Budget(rank=2), settles=0.01),
+    Case("lora-svd", budget=Budget(bits=4)),
 ]
 SHAPES = [(1, 1), (1, 37), (37, 1), (5, 7), (3, 130), (130, 3), (33, 65)]
 
@@ -155,7 +189,7 @@ def test_a_delta_of_rank_one_is_no_trouble(case: Case) -> None:
     delta = matrix(12, 1) @ matrix(1, 40)
     error = CodingError.of(delta, decode(case.codec.encode(delta, SITE)))
     assert math.isfinite(error.relative)
-    assert error.relative < (0.01 if case.name == "delta-svd" else 100)
+    assert error.relative < (0.01 if case.name in ("delta-svd", "lora-svd") else 100)
 
 
 @every_case
@@ -214,13 +248,21 @@ def bits_by_formula(case: Case, terms: list[Term], rows: int, cols: int) -> floa
             blocks = -(-rows // first.tile) * -(-cols // first.length)
             levels = 4 * rows if first.levels is not None else 0
             codes = 8 * layout.packed_bytes(first.stages * blocks, first.bits)
-            return (codes + 32 + (32 * first.stages if first.stages > 1 else 0) + levels) / entries
+            scale = 32 if first.row.dim() == 0 else 16 * rows
+            return (codes + scale + (32 * first.stages if first.stages > 1 else 0) + levels) / entries
         case Rotated():
-            return bits_by_formula(case, [first.term], rows, cols)
+            return sum(bits_by_formula(case, [term.term], rows, cols) for term in terms if isinstance(term, Rotated))
+        case Patches():
+            bitmap = 8 * layout.packed_bytes(math.prod(first.grid_shape), 1)
+            return (len(first.scale) * (first.bits * first.size**2 + 16) + bitmap) / entries
+        case Exact():
+            return 8 * len(first.stream) / entries
         case LowRank():
-            return (16 * (rows + cols) + 32) * len(first.s) / entries
+            return sum(rank_bits(term, config.get("step_group")) for term in terms) / entries
     if case.name == "bitdelta":
         return 1 + {"tensor": 32 / entries, "row": 16 / cols, "col": 16 / rows}[config["scale"]]
+    if case.name == "dqrelo":
+        return 1 + (32 + rank_bits(terms[1])) / entries
     if case.name == "slim":
         blocks = -(-cols // config["block"])
         present = 8 * -(-blocks // 8) * len(terms) / entries if isinstance(first, Placed) else 0
@@ -233,6 +275,15 @@ def bits_by_formula(case: Case, terms: list[Term], rows: int, cols: int) -> floa
     )
     scales = {"dare": 0 if first.bits == 16 else 16 / cols if config.get("scale") == "row" else 32 / entries}
     return codes + {**scales, "ultradelta": 512 / entries, "deltadq": 32 / entries}[case.name]
+
+
+def rank_bits(term: Term, group: int | None = None) -> int:
+    """Of ranks that share their widths, with steps for each `group` entries or none."""
+    assert isinstance(term, LowRank)
+    rows, ranks, cols = term.rows, len(term.s), term.cols
+    left, right = (8 * layout.packed_bytes(factor.num_codes, factor.bits) for factor in (term.left, term.right))
+    steps = 16 * (rows * -(-ranks // group) + ranks * -(-cols // group)) if group else 0
+    return rows * left + ranks * (right + 32) + steps
 
 
 @every_case

@@ -10,9 +10,10 @@ import torch
 
 from deltaserve.codecs.base import Site
 from deltaserve.codecs.bitdelta import BitDelta
+from deltaserve.codecs.budget import Budget
 from deltaserve.codecs.dare import Dare
 from deltaserve.codecs.delta_svd import DeltaSvd
-from deltaserve.codecs.registry import Budget, make_codec
+from deltaserve.codecs.registry import make_codec
 from deltaserve.errors import CodecError
 
 
@@ -50,7 +51,7 @@ def test_a_bad_configuration_names_the_field_and_its_range(
 @pytest.mark.parametrize(
     ("name", "budget", "options", "says"),
     [
-        ("zip", Budget(), {}, ["'zip'", "auto, bitdelta, dare, delta-svd"]),
+        ("zip", Budget(), {}, ["'zip'", "auto, bitdelta, dare, delta-come"]),
         ("bitdelta", Budget(bits=2), {}, ["--bits 2", "exactly 1 bit"]),
         ("bitdelta", Budget(rank=4), {}, ["--rank"]),
         ("bitdelta", Budget(energy=0.5), {}, ["--energy"]),
@@ -67,6 +68,10 @@ def test_a_bad_configuration_names_the_field_and_its_range(
         ("ultradelta", Budget(bits=0.001), {}, ["--bits 0.001", "the least"]),
         ("deltazip", Budget(bits=1), {}, ["--bits 1", "the least"]),
         ("slim", Budget(bits=0.5), {}, ["--bits 0.5", "the least"]),
+        ("delta-come", Budget(bits=0.01), {}, ["--bits 0.01", "the least"]),
+        ("delta-come", Budget(rank=4), {}, ["--rank"]),
+        ("deltamix", Budget(bits=0.01), {}, ["--bits 0.01", "the least"]),
+        ("deltamix", Budget(energy=0.5), {}, ["--energy"]),
         ("seeded-vq", Budget(bits=0.0001), {}, ["bits 0.0001", "0.001 … 4"]),
         ("seeded-vq", Budget(rank=3), {}, ["--rank"]),
         ("auto", Budget(bits=9), {}, ["bits 9", "0.003 … 4"]),

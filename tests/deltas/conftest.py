@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from deltaserve.codecs.registry import Budget, make_codec
+from deltaserve.codecs.budget import Budget
+from deltaserve.codecs.registry import make_codec
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import compress
 from deltaserve.deltas.restore import restore

@@ -127,12 +127,12 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors, dict[str, Any]], object], str]]
     "a stream cut off": (
         "exact",
         lambda t, spec: put(t, spec, t["stream"][:-9].clone()),
-        "w#0: the stream holds other than",
+        "w#0: the stream is cut off, or too long",
     ),
     "bytes after a stream": (
         "exact",
         lambda t, spec: put(t, spec, torch.cat((t["stream"], torch.zeros(9, dtype=torch.uint8)))),
-        "w#0: the stream holds other than",
+        "w#0: the stream is cut off, or too long",
     ),
     "a stream of noise": ("exact", lambda t, _: t["stream"].fill_(7), "w#0: the stream is damaged"),
     "a stream of another matrix": (

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltaserve.codecs.registry import Budget, make_codec
+from deltaserve.codecs.budget import Budget
+from deltaserve.codecs.registry import make_codec
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import compress
 from deltaserve.evaluation.rows import Row

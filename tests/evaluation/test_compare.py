@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from deltaserve.codecs.registry import CODECS, Budget, make_codec
+from deltaserve.codecs.budget import Budget
+from deltaserve.codecs.registry import CODECS, make_codec
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import compress as compress_here
 from deltaserve.errors import BadRequest, CheckpointError

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltaserve.codecs.registry import Budget, make_codec
+from deltaserve.codecs.budget import Budget
+from deltaserve.codecs.registry import make_codec
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import compress
 from deltaserve.deltas.restore import restore

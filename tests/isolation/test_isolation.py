@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from deltaserve.codecs.registry import Budget, make_codec
+from deltaserve.codecs.budget import Budget
+from deltaserve.codecs.registry import make_codec
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import compress
 from deltaserve.deltas.residency import Limits, Residency

@@ -17,7 +17,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from deltaserve.codecs.registry import Budget, make_codec
+from deltaserve.codecs.budget import Budget
+from deltaserve.codecs.registry import make_codec
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import compress
 from deltaserve.deltas.resident import ResidentDelta

@@ -114,7 +114,11 @@ def kinds(rows: int, cols: int, *, seed: int = 7, site: int = 1) -> dict[str, Te
         "placed-codebook": placed(codebook(rows, half(4), 6, 3, 1), 4),
         "rotated": Rotated(coded(rows, cols, 2), Rotation("hadamard", 8), None),
         "rotated-patches": Rotated(patches(4, 2), Rotation("dct", 4), Rotation("dct", 4)),
-        "rotated-codebook": Rotated(codebook(rows, cols, 5, 4, 2), Rotation("hadamard", 4), Rotation("hadamard", 2)),
+        "rotated-codebook": Rotated(
+            codebook(rows, cols, 4, 2, 1, signed=False, row=scales(rows, 1), book=Book("gaussian")),
+            Rotation("hadamard", 4),
+            Rotation("hadamard", 2),
+        ),
         "exact": Exact.of(value),
         "explicit": coded(rows, cols, 5, mask=ExplicitMask(4, layout.pack(places, 2), keep=2)),
         "groups": coded(rows, cols, 3, row=scales(rows, -(-cols // 4)), group=4),

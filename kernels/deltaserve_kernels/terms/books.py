@@ -4,8 +4,8 @@ seeded     entry (c, j) from the four bytes of one Philox word: ((b₀ + b₁ + 
            exact in bfloat16; every vector then scaled to the norm √length. Counter: row c, word j, stream; key and
            site are the format's. But for that norm a shorter table is the beginning of a longer one, so that all
            layers and tenants share one.
-gaussian   the grid of 2^index_bits vectors of `length` 1 … 8 with the least mean square error on a Gaussian source,
-           found once (books/README.md) and shipped: books/gaussian.npz, arrays "LENGTH-BITS", float32
+gaussian   2^index_bits vectors of `length` with a mean square error close to the least on a Gaussian source, found once
+           (books/make.py) and shipped for some pairs: books/gaussian.npz, arrays "LENGTH-BITS", float32
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Book:
         return self.kind == "seeded" or f"{length}-{index_bits}" in _gaussian_names()
 
     def table(self, index_bits: int, length: int, device: str = "cpu") -> Tensor:
-        """float32 [2^index_bits, length], entries of variance near one; shared, not to be changed."""
+        """float32 [2^index_bits, length], for entries of variance one; shared, not to be changed."""
         if self.kind == "seeded":
             return _seeded(self.stream, index_bits, length, device)
         return _gaussian(index_bits, length, device)
@@ -54,8 +54,6 @@ def _seeded(stream: int, index_bits: int, length: int, device: str) -> Tensor:
 
 @cache
 def _gaussian_names() -> frozenset[str]:
-    if not GRIDS.is_file():
-        return frozenset()
     with np.load(GRIDS) as grids:
         return frozenset(grids.files)
 

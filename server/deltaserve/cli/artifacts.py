@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     from deltaserve.deltas.artifact import Artifact
 
 DEFAULT_CODEC = "auto"
-CODING = ("codec", "bits", "rank", "energy", "option", "seed", "calibration")  # what an imported adapter has no use for
+CODING = (
+    "codec",
+    "bits",
+    "rank",
+    "energy",
+    "option",
+    "seed",
+    "calibration",
+    "base_shift",
+    "allocate",
+)  # what an imported adapter has no use for
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,11 +48,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--codec", help=f"server/deltaserve/codecs/README.md has them all {text}")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--bits", type=float, help="bits per parameter (auto: of the whole file; chosen if not given)")
-    budget.add_argument("--rank", type=int, help="delta-svd: singular directions kept of each matrix")
+    budget.add_argument("--rank", type=int, help="delta-svd, lora-svd: directions kept of each matrix")
     budget.add_argument("--energy", type=float, help="delta-svd: share of ‖Δ‖² kept, up to 1")
     parser.add_argument("--seed", type=whole(0, 2**64), help="of the codec's random choices (default: 0)")
     text = "texts for codecs that need activations: lines {text} or {prompt, answer} (default: those of the product)"
     parser.add_argument("--calibration", metavar="JSONL|builtin", help=text)
+    text = "scale base and delta, once or by layer, fitted to the fine-tune's predictions on the calibration texts"
+    parser.add_argument("--base-shift", choices=("none", "task", "layer"), help=text)
+    text = "share out --bits among layers (server/decisions/0008-allocation.md has the ways; default: the codec's own)"
+    parser.add_argument("--allocate", metavar="NAME", help=text)
     parser.add_argument("--option", metavar="KEY=VALUE", type=_option, action="append", help="a codec's own setting")
     parser.set_defaults(run=compress)
 
@@ -66,7 +80,7 @@ def compress(args: argparse.Namespace) -> int:
     from deltaserve.deltas.prepare import make_delta
 
     adapter = is_adapter(Path(args.finetuned))
-    given = [f"--{name}" for name in CODING if getattr(args, name) is not None]
+    given = [f"--{name.replace('_', '-')}" for name in CODING if getattr(args, name) is not None]
     if adapter and given:
         raise BadRequest(f"{args.finetuned} is a LoRA adapter and is kept as it is: {', '.join(given)} do not apply")
     codec = None if adapter else _codec(args)
@@ -82,7 +96,15 @@ def compress(args: argparse.Namespace) -> int:
         else:
             calibration, seed = args.calibration or "builtin", args.seed or 0
             artifact = make_delta(
-                base, finetuned, codec, args.output, seed=seed, calibration=calibration, progress=progress
+                base,
+                finetuned,
+                codec,
+                args.output,
+                seed=seed,
+                calibration=calibration,
+                base_shift=args.base_shift,
+                allocate=args.allocate,
+                progress=progress,
             )
     _write_summary(args, artifact, base.num_bytes if adapter else finetuned.num_bytes)
     return 0
@@ -115,13 +137,18 @@ def restore(args: argparse.Namespace) -> int:
 
 
 def _codec(args: argparse.Namespace) -> Codec:
-    from deltaserve.codecs.registry import Budget, make_codec
+    from deltaserve.codecs.budget import Budget
+    from deltaserve.codecs.registry import make_codec
+    from deltaserve.deltas.allocate import check_allocatable
 
     options = dict(args.option or [])
     budget = Budget(bits=args.bits, rank=args.rank, energy=args.energy)
     try:
         implied = DEFAULT_CODEC if args.rank is None and args.energy is None else "delta-svd"
-        return make_codec(args.codec or implied, budget, options)
+        codec = make_codec(args.codec or implied, budget, options)
+        if args.allocate is not None:
+            check_allocatable(codec, args.allocate)
+        return codec
     except CodecError as error:  # the command line says what cannot be: wrong usage
         raise BadRequest(error.message) from None
 
@@ -135,6 +162,11 @@ def _write_summary(args: argparse.Namespace, artifact: Artifact, full_bytes: int
     if errors := console.mean_errors(artifact.manifest.layers.values()):
         relative, gain, _ = errors
         write(f"mean of {len(artifact.manifest.layers)} layers: relative error {relative:.4f}, gain {gain:.4f}\n")
+    config = artifact.manifest.config
+    if "allocated_loss" in config:
+        loss, bound = float(config["allocated_loss"] or 0), float(config["allocated_bound"] or 0)
+        above = 100 * (loss - bound) / abs(bound) if bound else 0.0
+        write(f"allocated by {args.allocate}: predicted loss {loss:.4g}, at most {above:.2f} % above its optimum\n")
     file, base = shlex.quote(str(args.output)), shlex.quote(args.base)
     write(f"next: deltaserve inspect {file}\n      deltaserve evaluate {base} {file} --data ROWS.jsonl\n")
     write(f"      deltaserve push {file}\n")

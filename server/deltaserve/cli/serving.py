@@ -97,6 +97,7 @@ def _server(app: Any, settings: Settings) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=settings.shutdown_timeout_s,
+        timeout_keep_alive=settings.keep_alive_timeout_s,
         h11_max_incomplete_event_size=64 * 1024,
     )
     return uvicorn.Server(config)

@@ -5,7 +5,9 @@ to be `noise` of the weights:
 
     bits = (‖Δ‖ / ‖W_base‖)² / (c · noise²), within 0.015 … 1
 
-All layers are coded by `seeded-vq`. `bits` is a ceiling on the whole file (deltas.prepare).
+Below `TURNED_FROM` bits layers are coded by `seeded-vq`; from there on by `higgs`, whose noise falls by 2 a bit, with
+log2 √(curvature · mean Δ²) bits more or less than the mean (decision 0006). `bits` is a ceiling on the whole file
+(deltas.prepare).
 """
 
 from __future__ import annotations
@@ -18,12 +20,16 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from deltaserve.codecs.base import Codec, LayerStats, Site
-from deltaserve.codecs.seeded_vq import SeededVq
+from deltaserve.codecs.higgs import Higgs
+from deltaserve.codecs.seeded_vq import LEAST_BITS, SeededVq
+from deltaserve.codecs.shares import importance, level_out
 from deltaserve.errors import CodecError
 from deltaserve_kernels.terms import Term
 
 LEAST, MOST = 0.015, 1.0
-LEAST_FILE = 0.003
+LEAST_FILE, MOST_FILE = 0.003, 4.0
+TURNED_FROM, SPREAD = 0.45, 2.0  # bits per parameter
+LEAST_TURNED, MOST_TURNED = 0.29, 5.0
 EFFICIENCY = 1.05  # c of the seeded quantiser with 12-bit codes
 
 
@@ -35,7 +41,7 @@ class Auto:
     needs_sensitivity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.bits is not None and not LEAST_FILE <= self.bits <= 4:
+        if self.bits is not None and not LEAST_FILE <= self.bits <= MOST_FILE:
             raise CodecError(f"auto: bits {self.bits:g} is not in 0.003 … 4")
         if not 0 < self.noise <= 1:
             raise CodecError(f"auto: noise {self.noise} is not in (0, 1]")
@@ -60,8 +66,25 @@ class Auto:
         return min(max(needed, LEAST), MOST)
 
     def plan(self, layers: Sequence[LayerStats]) -> Mapping[str, Codec]:
-        return SeededVq(bits=max(self.budget(layers), 0.001)).plan(layers)
+        bits = max(self.budget(layers), LEAST_BITS)
+        return SeededVq(bits=bits).plan(layers) if bits < TURNED_FROM else _turned(layers, bits)
 
     def encode(self, delta: Tensor, site: Site) -> list[Term]:
         """A layer that no plan knows."""
-        return SeededVq(bits=self.bits or MOST).encode(delta, site)
+        bits = self.bits or MOST
+        return (SeededVq(bits=bits) if bits < TURNED_FROM else Higgs(bits=bits)).encode(delta, site)
+
+
+def _turned(layers: Sequence[LayerStats], bits: float) -> Mapping[str, Codec]:
+    budget = bits * sum(layer.parameters for layer in layers)
+
+    def codecs(shares: Mapping[str, float]) -> dict[str, Higgs]:
+        return {name: Higgs(bits=min(max(share, LEAST_TURNED), MOST_TURNED)) for name, share in shares.items()}
+
+    def fits(shares: Mapping[str, float]) -> bool:
+        chosen = codecs(shares)
+        return sum(chosen[layer.name].cost(layer.rows, layer.cols) for layer in layers) <= budget
+
+    parameters = {layer.name: layer.parameters for layer in layers}
+    worth = {layer.name: importance(layer) for layer in layers}
+    return dict(codecs(level_out(worth, parameters, bits, SPREAD, fits)))

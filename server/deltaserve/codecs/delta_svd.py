@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 from deltaserve.codecs.base import Site
+from deltaserve.codecs.directions import largest_rank, whole_low_rank
 from deltaserve.codecs.linalg import svd
 from deltaserve.errors import CodecError
-from deltaserve_kernels.terms import Coded, LowRank, Term
+from deltaserve_kernels.terms import Term
 
 
 @dataclass(frozen=True)
 class DeltaSvd:
     needs_gram: ClassVar[bool] = False
-    rank: int | None = None  # ≥ 1; cut to the smaller side of the matrix
+    rank: int | None = None  # ≥ 1; cut to the rank of the matrix
     energy: float | None = None  # share of ‖Δ‖² kept, in (0, 1]
     bits: float | None = None  # bits per parameter, > 0: the largest rank that fits, at least 1
 
@@ -51,20 +52,14 @@ class DeltaSvd:
     def encode(self, delta: Tensor, site: Site) -> list[Term]:  # noqa: ARG002 (nothing is random here)
         rows, cols = delta.shape
         u, sigma, vt = svd(delta)
-        rank = min(self._rank(sigma.square(), rows, cols), len(sigma))
-        return [
-            LowRank(
-                left=Coded(rows, rank, 16, "float", u[:, :rank].bfloat16().contiguous()),
-                s=sigma[:rank].float(),
-                right=Coded(rank, cols, 16, "float", vt[:rank].bfloat16().contiguous()),
-            )
-        ]
+        rank = self._rank(sigma.square(), rows, cols)
+        return [whole_low_rank(u[:, :rank], sigma[:rank], vt[:rank])]
 
     def _rank(self, power: Tensor, rows: int, cols: int) -> int:
         if self.rank is not None:
-            return min(self.rank, len(power))
+            return self.rank
         if self.bits is not None:
-            return min(max(1, int(self.bits * rows * cols / (16 * (rows + cols) + 32))), len(power))
+            return largest_rank(self.bits * rows * cols, rows, cols)
         assert self.energy is not None
         shares = power.cumsum(0) / power.sum().clamp(min=torch.finfo(torch.float64).tiny)
         return min(int((shares < self.energy).sum()) + 1, len(power))

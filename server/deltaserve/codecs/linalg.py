@@ -60,10 +60,15 @@ def gptq(
 
 def inverse_factor(gram: Tensor, damp: float) -> Tensor:
     """Upper triangular U with UᵀU = (H + damp · mean(diag H) · 1)⁻¹, float32 [cols, cols]."""
+    inverse = torch.cholesky_inverse(lower_factor(gram, damp))
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper.float()
+
+
+def lower_factor(gram: Tensor, damp: float) -> Tensor:
+    """Lower triangular L with LLᵀ = H + damp · mean(diag H) · 1, float64 [cols, cols]; H = 0 counts as 1."""
     wide = gram.double()
     mean = wide.diagonal().mean()
     floor = mean * damp if mean > 0 else torch.ones((), dtype=torch.float64)
-    damped = wide + floor * torch.eye(len(wide), dtype=torch.float64)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return upper.float()
+    lower: Tensor = torch.linalg.cholesky(wide + floor * torch.eye(len(wide), dtype=torch.float64))
+    return lower

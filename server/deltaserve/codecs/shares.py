@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from deltaserve.codecs.base import LayerStats
@@ -30,6 +31,30 @@ def share_out(
         else:
             high = middle
     return chosen
+
+
+def level_out(
+    worth: Mapping[str, float],
+    parameters: Mapping[str, int],
+    bits: float,
+    spread: float,
+    fits: Callable[[Mapping[str, float]], bool],
+) -> dict[str, float]:
+    """Bits per parameter by layer where noise falls by 2 a bit: m + log2(worth), within `spread` bits of m in the mean,
+    for the largest m of a bisection for which `fits`; what makes Σ worth² · 4^−bits · parameters least."""
+    logs = {name: math.log2(value) if value > 0 else -math.inf for name, value in worth.items()}
+    known = {name: log for name, log in logs.items() if math.isfinite(log)}
+    total = sum(parameters[name] for name in known) or 1
+    mean = sum(log * parameters[name] for name, log in known.items()) / total
+
+    def shares(offset: float) -> dict[str, float]:
+        return {name: bits + offset + min(max(log - mean, -spread), spread) for name, log in logs.items()}
+
+    low, high = -bits - spread, spread + 1.0
+    for _ in range(ROUNDS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(shares(middle)) else (low, middle)
+    return shares(low)
 
 
 def importance(layer: LayerStats) -> float:

@@ -1,6 +1,6 @@
 """What codecs on uniform grids share: the step, the levels, the codes that a budget pays for.
 
-    v̂ = step · level,   level ∈ {±1, ±3, …, ±(2^b − 1)}        b = 1 … 5 bits: grid "odd" of terms.Coded, "sign" for one
+    v̂ = step · level,   level ∈ {±1, ±3, …, ±(2^b − 1)}        b = 1 … 8 bits: grid "odd" of terms.Coded, "sign" for one
 
 No level is zero: where zeros are wanted, a mask says them.
 """
@@ -17,7 +17,16 @@ from deltaserve_kernels import layout
 from deltaserve_kernels.philox import random_words
 from deltaserve_kernels.terms import Grid
 
-GAUSSIAN_STEP = {1: 0.798, 2: 0.498, 3: 0.293, 4: 0.168, 5: 0.094}  # least squares for variance one, by bits
+GAUSSIAN_STEP = {
+    1: 0.798,
+    2: 0.498,
+    3: 0.293,
+    4: 0.168,
+    5: 0.094,
+    6: 0.0521,
+    7: 0.0285,
+    8: 0.0154,
+}  # least squares for variance one, by bits
 ROUNDS = 8
 MAX_GAIN = 2.0
 
@@ -33,11 +42,15 @@ def grid_of(bits: int) -> Grid:
     return "sign" if bits == 1 else "odd"
 
 
+def nearest(values: Tensor, step: Tensor, highest: Tensor | int) -> Tensor:
+    """Odd levels −highest … highest, float32; `step` ≥ 0 and `highest` broadcast."""
+    halved = values / (2 * step).clamp(min=torch.finfo(torch.float32).tiny)
+    return (2 * halved.floor() + 1).clamp(min=-highest, max=highest)
+
+
 def odd_levels(values: Tensor, step: Tensor, bits: int) -> Tensor:
     """The nearest levels, float32; `step` ≥ 0 broadcasts."""
-    highest = 2**bits - 1
-    halved = values / (2 * step).clamp(min=torch.finfo(torch.float32).tiny)
-    return (2 * halved.floor() + 1).clamp(-highest, highest)
+    return nearest(values, step, 2**bits - 1)
 
 
 def odd_codes(levels: Tensor, bits: int) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from deltaserve.codecs.base import decode
 from deltaserve.deltas.manifest import METADATA_KEY, PACKED, LayerSpec, Manifest, OverrideSpec
 from deltaserve.deltas.specs import build_term
 from deltaserve.deltas.tensorfile import Entry, TensorFile
@@ -28,7 +29,7 @@ from deltaserve.errors import ArtifactError
 from deltaserve_kernels.terms import Term, site_number
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 MAX_MANIFEST_BYTES = 16 * 2**20  # inflated; as objects it takes some 25 times this
@@ -148,6 +149,15 @@ class Artifact:
         total = sum(entry.nbytes for name, entry in self.entries.items() if "#difference." not in name)
         total += sum(term.derived_bytes() for layer in layers for term in layer.terms)
         return total + sum(4 * math.prod(spec.shape) for _, spec in overrides if spec.kind == "add")
+
+
+def restored_weight(base: Tensor, terms: Sequence[Term], gamma: float, base_shift: float, dtype: torch.dtype) -> Tensor:
+    """W = (1 + base_shift) · W_base + gamma · Σ terms in float32, in the shape of the base's and in `dtype`.
+
+    With a base_shift of −1 nothing of the base is left, not even the sign of a zero.
+    """
+    delta = (gamma * decode(terms)).view(base.shape)
+    return (delta if base_shift == -1 else (1 + base_shift) * base.float() + delta).to(dtype)
 
 
 def term_shape(layer: LayerSpec) -> tuple[int, int]:

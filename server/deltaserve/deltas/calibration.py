@@ -39,6 +39,7 @@ BUILTIN_FILE = Path(__file__).parents[1] / "data" / "calibration.jsonl"
 class Text(NamedTuple):
     tokens: list[int]
     weight: float = 1.0  # of each of its tokens, against those of other texts
+    start: int = 1  # the first token that is predicted: of an answer, the first after the prompt
 
 
 class Batch(NamedTuple):
@@ -47,6 +48,7 @@ class Batch(NamedTuple):
     ids: Tensor  # int64 [B, T]
     kept: Tensor  # int64 [kept tokens]: places in B · T that are no padding
     share: float  # of each kept token; over all batches the shares of tokens sum to 1
+    predicting: Tensor  # int64 [n]: the places before predicted tokens
 
     def rows(self, tensor: Tensor) -> Tensor | None:
         """[kept tokens, …, D] of a tensor [B, T, D] or [B · T, D]; None where it holds not one row a token."""
@@ -71,8 +73,8 @@ def load_texts(
             if len(texts) == limit:
                 break
             if line.strip():
-                tokens = _encode(tokenizer, _fields(line, f"{path}: line {number}"), max_tokens)
-                texts.append(Text(tokens[:max_tokens]))
+                tokens, start = _encode(tokenizer, _fields(line, f"{path}: line {number}"), max_tokens)
+                texts.append(Text(tokens[:max_tokens], start=start))
     if not texts:
         raise CheckpointError(f"{path}: holds no texts")
     return texts
@@ -93,12 +95,12 @@ def _fields(line: bytes, where: str) -> dict[str, str]:
     return {name: content[name] for name in names}
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, fields: dict[str, str], max_tokens: int) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerFast, fields: dict[str, str], max_tokens: int) -> tuple[list[int], int]:
+    """Tokens, and the first that is predicted."""
     if "text" in fields:
-        tokens: list[int] = tokenizer(fields["text"], truncation=True, max_length=max_tokens).input_ids
-        return tokens
+        return tokenizer(fields["text"], truncation=True, max_length=max_tokens).input_ids, 1
     prompt, answer = encode_row(tokenizer, fields["prompt"], fields["answer"])
-    return prompt + answer
+    return prompt + answer, len(prompt)
 
 
 def make_batches(texts: Sequence[Text], size: int, device: torch.device) -> list[Batch]:
@@ -107,14 +109,17 @@ def make_batches(texts: Sequence[Text], size: int, device: torch.device) -> list
     batches = []
     ordered = sorted(texts, key=lambda text: (text.weight, len(text.tokens)))
     for weight, alike in groupby(ordered, key=lambda text: text.weight):
-        group = [text.tokens for text in alike]
-        for start in range(0, len(group), size):
-            part = group[start : start + size]
-            width = len(part[-1])
-            ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in part], device=device)
-            lengths = torch.tensor([len(tokens) for tokens in part], device=device)
-            kept = (torch.arange(width, device=device) < lengths[:, None]).flatten().nonzero().squeeze(1)
-            batches.append(Batch(ids, kept, weight / total))
+        group = list(alike)
+        for first in range(0, len(group), size):
+            part = group[first : first + size]
+            width = len(part[-1].tokens)
+            ids = torch.tensor([text.tokens + [0] * (width - len(text.tokens)) for text in part], device=device)
+            lengths = torch.tensor([[len(text.tokens)] for text in part], device=device)
+            starts = torch.tensor([[text.start] for text in part], device=device)
+            places = torch.arange(width, device=device)
+            kept = (places < lengths).flatten().nonzero().squeeze(1)
+            predicting = ((places >= starts - 1) & (places < lengths - 1)).flatten().nonzero().squeeze(1)
+            batches.append(Batch(ids, kept, weight / total, predicting))
     return batches
 
 

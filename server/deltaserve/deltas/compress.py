@@ -7,7 +7,7 @@ convolution layer (norms, biases, embeddings, lm_head) travels as an override, u
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deltaserve import __version__
 from deltaserve.codecs.base import Codec, CodingError, LayerStats, Site, decode
+from deltaserve.codecs.lossless import Lossless
 from deltaserve.deltas.artifact import (
     MAX_MANIFEST_BYTES,
     Artifact,
@@ -25,6 +26,7 @@ from deltaserve.deltas.artifact import (
     override_spec,
     override_tensors,
     packed_order,
+    restored_weight,
 )
 from deltaserve.deltas.checkpoint import LM_HEAD, Checkpoint, non_finite
 from deltaserve.deltas.companions import changed_companions
@@ -34,7 +36,7 @@ from deltaserve.deltas.specs.coded import CodedSpec
 from deltaserve.deltas.tensorfile import DTYPE_NAMES, TensorFileWriter, atomic_file
 from deltaserve.errors import CheckpointError, CodecError
 from deltaserve_kernels import layout
-from deltaserve_kernels.terms import Coded, site_number
+from deltaserve_kernels.terms import Coded, Term, site_number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,12 +81,14 @@ def compress(
 ) -> Artifact:
     """Writes the artifact `out` (whole or not at all) and opens it. Raises CheckpointError listing every mismatch.
 
-    `vector_bits` 16: norms and biases travel as they are; 2 … 8: as coded differences to the base's. `grams` gives each
+    `vector_bits` 16: norms and biases travel as they are; 1 … 8: as coded differences to the base's. `grams` gives each
     layer's H and is asked in natural order of names. `per_layer` overrides `codec` by name. `packed`: all
     tensors in one; None: where the file is small enough for names to matter.
     """
-    if vector_bits != 16 and not 2 <= vector_bits <= 8:
-        raise CodecError(f"vector bits {vector_bits}: not 2 … 8 or 16")
+    if vector_bits != 16 and not 1 <= vector_bits <= 8:
+        raise CodecError(f"vector bits {vector_bits}: not 1 … 8 or 16")
+    if vector_bits != 16 and isinstance(codec, Lossless):
+        raise CodecError(f"lossless: vector bits {vector_bits}: norms and biases travel as they are")
     check_pair(base, finetuned)
     manifest = make_manifest(base, finetuned, codec.name, codec.config(), seed)
     layers: dict[str, LayerSpec] = {}
@@ -159,7 +163,17 @@ def layer_stats(base: Checkpoint, finetuned: Checkpoint) -> list[LayerStats]:
 
 
 def _is_same(before: Tensor, after: Tensor) -> bool:
-    return before.shape == after.shape and torch.equal(before.to(after.dtype), after)
+    """Bit by bit: the sign of a zero counts."""
+    return before.shape == after.shape and torch.equal(_bits(before.to(after.dtype)), _bits(after))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def _comes_back(before: Tensor, after: Tensor, terms: Sequence[Term], scalars: Scalars) -> bool:
+    """Is what these terms are restored to the fine-tune's tensor, bit by bit?"""
+    return _is_same(restored_weight(before, terms, scalars.gamma, scalars.base_shift, after.dtype), after)
 
 
 def make_manifest(
@@ -210,16 +224,23 @@ def _compress_layer(
     scalars: Scalars | None,
     writer: TensorFileWriter,
 ) -> LayerSpec:
+    scalars = scalars or Scalars()
     delta = (after.float() - before.float()).flatten(1)
     terms = codec.encode(delta, site)
+    if isinstance(codec, Lossless) and not _comes_back(before, after, terms, scalars):
+        terms, scalars = codec.encode(after.float().flatten(1), site), Scalars(base_shift=-1)
+        if not _comes_back(before, after, terms, scalars):
+            raise CodecError(f"{name}: lossless holds float32, and its {DTYPE_NAMES[after.dtype]} numbers need more")
     specs = [term_spec(term) for term in terms]
     if problems := [problem for spec in specs for problem in spec.problems()]:
         raise CodecError(f"{name}: what {codec.name} makes of it cannot be served: {'; '.join(problems)}")
     for index, term in enumerate(terms):
         for key, tensor in term_tensors(term, f"{name}#{index}").items():
             writer.add(key, tensor)
-    scalars = scalars or Scalars()
-    error = CodingError.of(delta, scalars.gamma * decode(terms) + scalars.base_shift * before.float().flatten(1))
+    if isinstance(codec, Lossless):
+        error = CodingError(relative=0.0, gain=1.0, cosine=1.0)
+    else:
+        error = CodingError.of(delta, scalars.gamma * decode(terms) + scalars.base_shift * before.float().flatten(1))
     return LayerSpec(
         shape=list(after.shape),
         dtype=DTYPE_NAMES[after.dtype],
@@ -253,7 +274,7 @@ def code_vector(difference: Tensor, bits: int) -> Coded:
     scale = peak / 2**bits * (unit.double().square().sum() / dot.clamp(min=1)).float()
     if not bool(difference.any()):
         scale = torch.zeros(())
-    return Coded(1, len(difference), bits, "odd", layout.pack(codes[None], bits), row=scale)
+    return Coded(1, len(difference), bits, "sign" if bits == 1 else "odd", layout.pack(codes[None], bits), row=scale)
 
 
 def _make_override(before: Tensor, after: Tensor) -> Override:
@@ -262,7 +283,7 @@ def _make_override(before: Tensor, after: Tensor) -> Override:
     if after.dim() == 2:
         common = before.shape[0]
         changed = torch.ones(after.shape[0], dtype=torch.bool)
-        changed[:common] = (before.to(after.dtype) != after[:common]).any(1)
+        changed[:common] = (_bits(before.to(after.dtype)) != _bits(after[:common])).any(1)
         rows = changed.nonzero().flatten()  # int64 [n]
         if len(rows) * (after.shape[1] * after.element_size() + 8) < after.nbytes:
             return Override(after[rows], rows, shape)

@@ -8,17 +8,21 @@ information of an output times mean square of an input, what an entry of Δ mean
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
-from deltaserve.codecs.auto import LEAST_FILE, Auto
+from deltaserve.codecs.auto import LEAST_FILE, MOST_FILE, Auto
 from deltaserve.codecs.base import Planner
+from deltaserve.deltas.allocate import allocated, check_allocatable
+from deltaserve.deltas.base_shift import fit_scalars, rescaled
+from deltaserve.deltas.calibration import BUILTIN, load_texts
+from deltaserve.deltas.companions import load_tokenizer
 from deltaserve.deltas.compress import compress, layer_stats, make_manifest
 from deltaserve.errors import CodecError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -28,24 +32,33 @@ if TYPE_CHECKING:
     from deltaserve.deltas.calibration import Text
     from deltaserve.deltas.checkpoint import Checkpoint
     from deltaserve.deltas.compress import Grams, Progress
+    from deltaserve.deltas.lone_layers import LoneLayers
 
 GRAM_TEXTS, GRADIENT_TEXTS = 64, 16
-EXACT_VECTORS_FROM = 0.25  # bits per parameter: below, norms and biases are a noticeable part of the file
-CODED_VECTOR_BITS = 4
+LONE_TEXTS, LONE_TOKENS = 8, 32  # tokens are those predicted of a text; every layer that is tried runs them again
+CODED_VECTORS = ((0.02, 1), (0.25, 4))  # below so many bits per parameter, bits of an entry of norms and biases
 FITTING_ROUNDS = 3
+SLACK = 0.02  # of a file's bits that may be left unused
+SHIFT_BELOW = 0.02  # bits per parameter
+SHIFT_TEXTS = 256
+SCALAR_BYTES = 12  # of the two numbers of a layer in a compressed manifest
+
+BaseShift: TypeAlias = Literal["none", "task", "layer"]
 
 
 class Preparation:
     """The fine-tune at work on the calibration texts, loaded when something asks for it."""
 
-    def __init__(self, base: Checkpoint, finetuned: Checkpoint, codec: Codec, calibration: str) -> None:
+    def __init__(
+        self, base: Checkpoint, finetuned: Checkpoint, codec: Codec, calibration: str, *, allocate: bool = False
+    ) -> None:
         self._model: PreTrainedModel | None = None
         self._texts: Sequence[Text] = ()
         self.layers: list[LayerStats] = []
-        wants_curvature = isinstance(codec, Planner) and codec.needs_sensitivity
+        wants_curvature = allocate or (isinstance(codec, Planner) and codec.needs_sensitivity)
         if codec.needs_gram or wants_curvature:
             self._load(base, finetuned, codec, calibration)
-        if isinstance(codec, Planner):
+        if allocate or isinstance(codec, Planner):
             self.layers = layer_stats(base, finetuned)
         if wants_curvature:
             self.layers = _with_curvature(self.layers, self._curvature())
@@ -56,11 +69,22 @@ class Preparation:
 
         return Calibration(self._model, self._texts) if self._model is not None else None
 
+    def lone_layers(self, base: Checkpoint, finetuned: Checkpoint) -> LoneLayers:
+        """A second fine-tune, in float32, on the beginnings of some of the texts."""
+        from deltaserve.deltas.lone_layers import LoneLayers
+        from deltaserve.deltas.reference_model import load_reference
+
+        every = max(1, len(self._texts) // LONE_TEXTS)
+        cut = [text._replace(tokens=text.tokens[: text.start + LONE_TOKENS]) for text in self._texts[::every]]
+        return LoneLayers(load_reference(base, None, finetuned, torch.float32), cut[:LONE_TEXTS])
+
+    def forget(self) -> None:
+        """The model's memory back."""
+        self._model = None
+
     def _load(self, base: Checkpoint, finetuned: Checkpoint, codec: Codec, calibration: str) -> None:
         from transformers.utils import logging
 
-        from deltaserve.deltas.calibration import load_texts
-        from deltaserve.deltas.companions import load_tokenizer
         from deltaserve.deltas.reference_model import load_reference
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it has one of its own for loading
@@ -84,27 +108,51 @@ def make_delta(
     out: Path,
     *,
     seed: int = 0,
-    calibration: str = "builtin",
+    calibration: str = BUILTIN,
+    base_shift: BaseShift | None = None,
     vector_bits: int | None = None,
+    allocate: str | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """`compress` with what the codec needs; `auto`'s whole file is made to fit its bits.
 
-    `calibration`: "builtin" or a JSON-lines file, read by codecs that are calibrated alone. `vector_bits` None: 4 where
-    the codec has less than a quarter of a bit, else 16.
+    `calibration`: "builtin" or a JSON-lines file, read by codecs that are calibrated, and for `base_shift` (None:
+    "layer" for `auto` below `SHIFT_BELOW` bits on texts of the user's, else "none"). `vector_bits` None: fewer below a
+    quarter of a bit, else 16. `allocate`: which of allocate.ALLOCATORS shares out the codec's bits among layers. Raises
+    CodecError, CheckpointError.
     """
+    if allocate is not None:
+        check_allocatable(codec, allocate)
     if progress:
         progress("measuring activations and curvature" if codec.needs_gram else "", 0, 1)
-    ready = Preparation(base, finetuned, codec, calibration)
+    ready = Preparation(base, finetuned, codec, calibration, allocate=allocate is not None)
     bits: float | None = codec.budget(ready.layers) if isinstance(codec, Auto) else codec.config().get("bits")
     if vector_bits is None:
-        vector_bits = CODED_VECTOR_BITS if isinstance(bits, float) and bits < EXACT_VECTORS_FROM else 16
-    planned = codec
-    for _ in range(FITTING_ROUNDS):
-        artifact = compress(
+        vector_bits = _vector_bits(bits)
+    if base_shift not in (None, "none") and codec.name == "lossless":
+        raise CodecError("lossless: --base-shift would change what is exact")
+    if base_shift is None:
+        told = isinstance(codec, Auto) and bits is not None and bits < SHIFT_BELOW and calibration != BUILTIN
+        base_shift = "layer" if told else "none"
+
+    if allocate is not None:
+        codec = allocated(
             base,
             finetuned,
-            planned,
+            codec,
+            allocate,
+            ready.layers,
+            seed=seed,
+            grams=ready.grams() if codec.needs_gram else None,
+            lone=lambda: ready.lone_layers(base, finetuned),
+            progress=progress,
+        )
+
+    def once(planned: Codec) -> Artifact:
+        return compress(
+            base,
+            finetuned,
+            codec,
             out,
             seed=seed,
             vector_bits=vector_bits,
@@ -112,17 +160,53 @@ def make_delta(
             per_layer=planned.plan(ready.layers) if isinstance(planned, Planner) else None,
             progress=progress,
         )
-        if not isinstance(planned, Auto) or planned.bits is None or bits is None or artifact.bits_per_parameter <= bits:
-            break
-        less = planned.bits - (artifact.bits_per_parameter - bits)
-        if less < LEAST_FILE:
-            out.unlink()
-            least = artifact.bits_per_parameter - planned.bits + LEAST_FILE
-            raise CodecError(
-                f"auto: a file of {bits:g} bits per parameter cannot be had; the least is about {least:.3g}"
-            )
-        planned = replace(planned, bits=less)
+
+    if isinstance(codec, Auto) and codec.bits is not None:
+        scalars = SCALAR_BYTES * len(ready.layers) if base_shift != "none" else 0
+        artifact = _fitted(once, codec, 8 * scalars / max(sum(layer.parameters for layer in ready.layers), 1))
+    else:
+        artifact = once(codec)
+    if base_shift != "none" and artifact.manifest.layers:
+        texts = load_texts(calibration, load_tokenizer(base.directory, artifact.manifest), limit=SHIFT_TEXTS)
+        ready.forget()
+        fit = fit_scalars(base, finetuned, artifact, texts, span=base_shift, progress=progress)
+        artifact = rescaled(base, finetuned, artifact, fit.scalars)
     return artifact
+
+
+def _fitted(once: Callable[[Codec], Artifact], codec: Auto, reserved: float) -> Artifact:
+    """The file nearest below `codec.bits` − `reserved` that a few tries find. Raises CodecError naming the least."""
+    assert codec.bits is not None
+    limit, planned = codec.bits - reserved, codec
+    artifact, best = once(planned), None
+    for _ in range(FITTING_ROUNDS):
+        assert planned.bits is not None
+        left = limit - artifact.bits_per_parameter
+        if left >= 0:
+            best = planned
+            if left <= SLACK * limit:
+                return artifact
+        wanted = planned.bits + left - (SLACK / 2 * limit if left < 0 else 0)
+        if wanted < LEAST_FILE:
+            artifact.file.path.unlink()
+            least = artifact.bits_per_parameter - planned.bits + LEAST_FILE + reserved
+            raise CodecError(
+                f"auto: a file of {codec.bits:g} bits per parameter cannot be had; the least is about {least:.3g}"
+            )
+        planned = replace(planned, bits=min(wanted, MOST_FILE))
+        if best and planned == best:
+            return artifact
+        artifact = once(planned)
+    if artifact.bits_per_parameter > limit and best:
+        artifact = once(best)
+    return artifact
+
+
+def _vector_bits(bits: object) -> int:
+    """Norms and biases are a noticeable part of a small file."""
+    if not isinstance(bits, float):
+        return 16
+    return next((coded for below, coded in CODED_VECTORS if bits < below), 16)
 
 
 def _with_curvature(layers: list[LayerStats], curvature: Mapping[str, float]) -> list[LayerStats]:

@@ -9,7 +9,7 @@ import json
 import shutil
 from typing import TYPE_CHECKING
 
-from deltaserve.codecs.base import decode
+from deltaserve.deltas.artifact import restored_weight
 from deltaserve.deltas.checkpoint import LM_HEAD, Checkpoint
 from deltaserve.deltas.companions import load_tokenizer
 from deltaserve.deltas.tensorfile import DTYPES, TensorFileWriter
@@ -38,9 +38,8 @@ def restored_tensor(base: Checkpoint, artifact: Artifact, name: str, dtype: torc
     manifest = artifact.manifest
     if name in manifest.layers:
         layer = manifest.layers[name]
-        before = base.tensor(name).float()
-        delta = decode(artifact.terms(name)).view(before.shape)
-        return ((1 + layer.base_shift) * before + layer.gamma * delta).to(dtype or DTYPES[layer.dtype])
+        terms, kept = artifact.terms(name), DTYPES[layer.dtype]
+        return restored_weight(base.tensor(name), terms, layer.gamma, layer.base_shift, dtype or kept)
     if name in manifest.overrides:
         override = artifact.override(name)
         spec = manifest.overrides[name]

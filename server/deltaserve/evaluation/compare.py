@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from deltaserve import __version__
-from deltaserve.codecs.registry import CODECS, Budget, make_codec
+from deltaserve.codecs.budget import Budget
+from deltaserve.codecs.registry import CODECS, make_codec
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.compress import check_pair, make_manifest
 from deltaserve.errors import BadRequest, CheckpointError, CodecError

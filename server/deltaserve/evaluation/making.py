@@ -7,12 +7,15 @@ import resource
 import signal
 import sys
 import time
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from deltaserve.errors import DeltaServeError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from multiprocessing.connection import Connection
 
     from deltaserve.codecs.base import Codec
@@ -32,20 +35,33 @@ def compress_apart(
     receiver, sender = context.Pipe(duplex=False)
     work = (sender, base, finetuned, codec, out, seed, calibration)
     process = context.Process(target=_compress, args=work, daemon=True)
-    process.start()
-    sender.close()
     try:
+        with _interrupts_held():
+            process.start()
+        sender.close()
         outcome: Cost | DeltaServeError = receiver.recv()
     except EOFError:
         process.join()
         raise ChildProcessError(f"the process that compresses died: exit status {process.exitcode}") from None
     finally:
-        process.terminate()
-        process.join()
+        if process.pid is not None:
+            process.terminate()
+            process.join()
         receiver.close()
     if isinstance(outcome, DeltaServeError):
         raise outcome
     return outcome
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the process is started, which inherits that it waits: it is the parent that ends it."""
+    resource_tracker.ensure_running()  # its start, part of the first process', would let interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _compress(
@@ -59,7 +75,6 @@ def _compress(
 ) -> None:
     from deltaserve.deltas.prepare import make_delta
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and the parent ends this process
     start = time.perf_counter()
     try:
         make_delta(base, finetuned, codec, out, seed=seed, calibration=calibration)

@@ -167,11 +167,11 @@ class Results:
         return line is not None and line.kind != "failed"
 
     def add(self, line: Reference | Result | Missing) -> None:
+        self._keep(line)  # first: an interruption of the rest reports at least what the file has
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line.model_dump_json() + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._keep(line)
 
     def _keep(self, line: Setup | Reference | Result | Missing) -> None:
         if isinstance(line, Reference):

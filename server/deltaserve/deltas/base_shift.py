@@ -1,0 +1,189 @@
+"""DBMS' two numbers, found by distillation: how much of the base, how much of the delta. arXiv 2505.11344, section 3.
+
+    y = (1 + λ) · x·W_baseᵀ + γ · x·Δ̂ᵀ
+    min over γ, λ of KL(fine-tune ‖ compressed)      mean over the tokens of texts that are predicted
+
+One pair for the whole model ("task") or for each layer. The start is γ = 1, λ = 0; a held-out part of the texts decides
+between it and what was found, so that texts are never fitted for nothing. The model only moves towards what the texts
+show: with texts that have nothing to do with the task, γ falls below what the task wants (decision 0007).
+
+In memory: the fine-tune, the base, and Δ̂ of all layers, in bfloat16. The held-out part, Adam and the steps are ours.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltaserve.codecs.base import CodingError, decode
+from deltaserve.deltas.calibration import decoder_layers, layer_linears, make_batches
+from deltaserve.deltas.compress import Scalars, write_artifact
+from deltaserve.deltas.manifest import ErrorSpec
+from deltaserve.deltas.reference_model import load_reference
+from deltaserve.deltas.tensorfile import TensorFileWriter
+from deltaserve.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from deltaserve.deltas.artifact import Artifact
+    from deltaserve.deltas.calibration import Batch, Text
+    from deltaserve.deltas.checkpoint import Checkpoint
+    from deltaserve.deltas.compress import Progress
+
+Span: TypeAlias = Literal["task", "layer"]
+Numbers: TypeAlias = Literal["both", "gamma", "shift"]
+
+STEPS = 32
+RATE, SHIFT_RATE = 0.1, 0.004  # of Adam, for γ and λ, falling as a cosine
+BATCH = 8  # texts of a step
+HELD_OUT = 4  # every fourth batch
+
+
+class Fit(NamedTuple):
+    """KL on the texts held out, nats a token, and what was found: nothing where it was no better."""
+
+    before: float
+    after: float
+    scalars: Mapping[str, Scalars]
+
+
+def fit_scalars(
+    base: Checkpoint,
+    finetuned: Checkpoint,
+    artifact: Artifact,
+    texts: Sequence[Text],
+    *,
+    span: Span = "layer",
+    numbers: Numbers = "both",
+    steps: int = STEPS,
+    progress: Progress | None = None,
+) -> Fit:
+    """By layer, for the artifact's terms; layers that are no linears keep theirs. Raises CheckpointError."""
+    if span not in get_args(Span) or numbers not in get_args(Numbers):
+        raise ValueError(f"{span!r}, {numbers!r}: not in {get_args(Span)}, {get_args(Numbers)}")
+    teacher = load_reference(base, None, finetuned, torch.bfloat16)
+    student = load_reference(base, artifact, None, torch.bfloat16)
+    batches = make_batches(texts, BATCH, student.device)
+    if len(batches) < 2:
+        raise CheckpointError(f"{len(texts)} texts are too few to fit scalars: at least {BATCH + 1} are needed")
+    held_out = batches[HELD_OUT - 1 :: HELD_OUT] or batches[-1:]
+    fitted = [batch for batch in batches if not any(batch is held for held in held_out)]
+    with _student(student, base, artifact, span) as knobs:
+        chosen = [*(knobs.gammas if numbers != "shift" else []), *(knobs.shifts if numbers != "gamma" else [])]
+        before = _mean_divergence(teacher, student, held_out)
+        rates = [RATE if any(knob is gamma for gamma in knobs.gammas) else SHIFT_RATE for knob in chosen]
+        optimizer = torch.optim.Adam([{"params": [k], "lr": r} for k, r in zip(chosen, rates, strict=True)])
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(steps):
+            if progress:
+                progress("fitting scalars", step, steps)
+            batch = fitted[int(torch.randint(len(fitted), (), generator=generator))]
+            optimizer.zero_grad()
+            _divergence(teacher, student, batch).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+        after = _mean_divergence(teacher, student, held_out)
+        found = knobs.scalars()
+    return Fit(before, after, found if after < before else {})
+
+
+def rescaled(base: Checkpoint, finetuned: Checkpoint, artifact: Artifact, scalars: Mapping[str, Scalars]) -> Artifact:
+    """The file again, with other scalars, and errors that count them; in the place of the old one."""
+    path: Path = artifact.file.path
+    layers = dict(artifact.manifest.layers)
+    for name, chosen in scalars.items():
+        before = base.tensor(name).float().flatten(1)
+        delta = finetuned.tensor(name).float().flatten(1) - before
+        decoded = chosen.gamma * decode(artifact.terms(name)) + chosen.base_shift * before
+        error = {key: float(f"{value:.4g}") for key, value in asdict(CodingError.of(delta, decoded)).items()}
+        layers[name] = layers[name].model_copy(update={**asdict(chosen), "error": ErrorSpec(**error)})
+    writer = TensorFileWriter(path.parent)
+    try:
+        for name in artifact.entries:
+            writer.add(name, artifact.read(name))
+        manifest = artifact.manifest.model_copy(update={"layers": layers})
+        write_artifact(path, manifest, writer, packed=manifest.packed)
+    finally:
+        writer.close()
+    return type(artifact).open(path)
+
+
+class _Knobs:
+    """γ and λ by layer; with span "task" all layers have the same."""
+
+    def __init__(self, names: Sequence[str], span: Span) -> None:
+        count = 1 if span == "task" else len(names)
+        self.gammas = [torch.ones((), requires_grad=True) for _ in range(count)]
+        self.shifts = [torch.zeros((), requires_grad=True) for _ in range(count)]
+        self._of = {name: 0 if span == "task" else index for index, name in enumerate(names)}
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.gammas[self._of[name]], self.shifts[self._of[name]]
+
+    def scalars(self) -> dict[str, Scalars]:
+        """Rounded, as they are stored."""
+        return {
+            name: Scalars(gamma=round(float(gamma.detach()), 3), base_shift=round(float(shift.detach()), 5))
+            for name in self._of
+            for gamma, shift in [self[name]]
+        }
+
+
+@contextmanager
+def _student(model: PreTrainedModel, base: Checkpoint, artifact: Artifact, span: Span) -> Iterator[_Knobs]:
+    """The restored model with its linears taken apart into base and delta, and the numbers between them."""
+    prefix, layers = decoder_layers(model)
+    linears = {n: m for n, m in layer_linears(prefix, layers).items() if n in artifact.manifest.layers}
+    if not linears:
+        raise CheckpointError("the artifact compresses no linear layer: there is nothing to scale")
+    knobs = _Knobs(list(linears), span)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, linear in linears.items():
+        weight = linear.weight
+        linear.weight = nn.Parameter(base.tensor(name).to(weight), requires_grad=False)
+        delta = decode(artifact.terms(name)).to(weight)
+        linear.forward = partial(_mixed, linear, delta, *knobs[name])  # type: ignore[method-assign]
+    try:
+        yield knobs
+    finally:
+        for linear in linears.values():
+            vars(linear).pop("forward", None)
+
+
+def _mixed(linear: nn.Linear, delta: Tensor, gamma: Tensor, shift: Tensor, x: Tensor) -> Tensor:
+    out = F.linear(x, linear.weight) * (1 + shift) + F.linear(x, delta) * gamma
+    out = out.to(x.dtype)
+    return out if linear.bias is None else out + linear.bias
+
+
+def _mean_divergence(teacher: PreTrainedModel, student: PreTrainedModel, batches: Sequence[Batch]) -> float:
+    with torch.no_grad():
+        return sum(float(_divergence(teacher, student, batch)) for batch in batches) / len(batches)
+
+
+def _divergence(teacher: PreTrainedModel, student: PreTrainedModel, batch: Batch) -> Tensor:
+    """KL(teacher ‖ student), mean over the tokens of a batch that are predicted."""
+    with torch.no_grad():
+        log_p = F.log_softmax(_logits(teacher, batch), -1)
+    log_q = F.log_softmax(_logits(student, batch), -1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """float32 [predicted tokens, V]"""
+    hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    logits: Tensor = head(hidden.flatten(0, 1).index_select(0, batch.predicting)).float()
+    return logits
