@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 COMMANDS = {  # module → what its register(subparsers) adds
-    "artifacts": ("compress", "inspect", "restore"),
+    "compression": ("compress",),
+    "artifacts": ("inspect", "restore"),
     "comparison": ("evaluate", "compare"),
     "serving": ("serve", "demo"),
     "remote": ("push", "models", "complete", "delete"),

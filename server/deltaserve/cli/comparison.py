@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deltaserve.cli import console
-from deltaserve.cli.artifacts import whole
+from deltaserve.cli.arguments import whole
 from deltaserve.cli.console import progress_bar, write
 from deltaserve.errors import BadRequest, CheckpointError
 

@@ -42,7 +42,7 @@ def grid_of(bits: int) -> Grid:
     return "sign" if bits == 1 else "odd"
 
 
-def nearest(values: Tensor, step: Tensor, highest: Tensor | int) -> Tensor:
+def nearest(values: Tensor, step: Tensor, highest: Tensor) -> Tensor:
     """Odd levels −highest … highest, float32; `step` ≥ 0 and `highest` broadcast."""
     halved = values / (2 * step).clamp(min=torch.finfo(torch.float32).tiny)
     return (2 * halved.floor() + 1).clamp(min=-highest, max=highest)
@@ -50,7 +50,7 @@ def nearest(values: Tensor, step: Tensor, highest: Tensor | int) -> Tensor:
 
 def odd_levels(values: Tensor, step: Tensor, bits: int) -> Tensor:
     """The nearest levels, float32; `step` ≥ 0 broadcasts."""
-    return nearest(values, step, 2**bits - 1)
+    return nearest(values, step, values.new_tensor(2**bits - 1))
 
 
 def odd_codes(levels: Tensor, bits: int) -> Tensor:

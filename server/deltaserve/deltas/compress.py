@@ -162,6 +162,12 @@ def layer_stats(base: Checkpoint, finetuned: Checkpoint) -> list[LayerStats]:
     ]
 
 
+def vector_parameters(base: Checkpoint, finetuned: Checkpoint) -> int:
+    """Of the norms and biases that changed."""
+    pairs = ((base.tensor(n), finetuned.tensor(n)) for n in base.names if len(base.entries[n].shape) == 1)
+    return sum(after.numel() for before, after in pairs if not _is_same(before, after))
+
+
 def _is_same(before: Tensor, after: Tensor) -> bool:
     """Bit by bit: the sign of a zero counts."""
     return before.shape == after.shape and torch.equal(_bits(before.to(after.dtype)), _bits(after))

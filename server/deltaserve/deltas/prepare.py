@@ -18,7 +18,7 @@ from deltaserve.deltas.allocate import allocated, check_allocatable
 from deltaserve.deltas.base_shift import fit_scalars, rescaled
 from deltaserve.deltas.calibration import BUILTIN, load_texts
 from deltaserve.deltas.companions import load_tokenizer
-from deltaserve.deltas.compress import compress, layer_stats, make_manifest
+from deltaserve.deltas.compress import compress, layer_stats, make_manifest, vector_parameters
 from deltaserve.errors import CodecError
 
 if TYPE_CHECKING:
@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from deltaserve.deltas.lone_layers import LoneLayers
 
 GRAM_TEXTS, GRADIENT_TEXTS = 64, 16
-LONE_TEXTS, LONE_TOKENS = 8, 32  # tokens are those predicted of a text; every layer that is tried runs them again
+LONE_TEXTS, LONE_TOKENS = 8, 16  # of a text so many before the first that is predicted, and so many predicted
 CODED_VECTORS = ((0.02, 1), (0.25, 4))  # below so many bits per parameter, bits of an entry of norms and biases
-FITTING_ROUNDS = 3
-SLACK = 0.02  # of a file's bits that may be left unused
+FITTING_ROUNDS = 2
+LAYER_BYTES = 36  # of a layer in a compressed manifest
+SLACK = 0.03  # of a file's bits that may be left unused
 SHIFT_BELOW = 0.02  # bits per parameter
 SHIFT_TEXTS = 256
 SCALAR_BYTES = 12  # of the two numbers of a layer in a compressed manifest
@@ -70,13 +71,13 @@ class Preparation:
         return Calibration(self._model, self._texts) if self._model is not None else None
 
     def lone_layers(self, base: Checkpoint, finetuned: Checkpoint) -> LoneLayers:
-        """A second fine-tune, in float32, on the beginnings of some of the texts."""
+        """A second fine-tune, in float32, on windows of some texts: every layer that is tried runs them again."""
         from deltaserve.deltas.lone_layers import LoneLayers
         from deltaserve.deltas.reference_model import load_reference
 
         every = max(1, len(self._texts) // LONE_TEXTS)
-        cut = [text._replace(tokens=text.tokens[: text.start + LONE_TOKENS]) for text in self._texts[::every]]
-        return LoneLayers(load_reference(base, None, finetuned, torch.float32), cut[:LONE_TEXTS])
+        windows = [_window(text) for text in self._texts[::every][:LONE_TEXTS]]
+        return LoneLayers(load_reference(base, None, finetuned, torch.float32), windows)
 
     def forget(self) -> None:
         """The model's memory back."""
@@ -112,20 +113,23 @@ def make_delta(
     base_shift: BaseShift | None = None,
     vector_bits: int | None = None,
     allocate: str | None = None,
+    ready: Preparation | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """`compress` with what the codec needs; `auto`'s whole file is made to fit its bits.
 
     `calibration`: "builtin" or a JSON-lines file, read by codecs that are calibrated, and for `base_shift` (None:
-    "layer" for `auto` below `SHIFT_BELOW` bits on texts of the user's, else "none"). `vector_bits` None: fewer below a
-    quarter of a bit, else 16. `allocate`: which of allocate.ALLOCATORS shares out the codec's bits among layers. Raises
-    CodecError, CheckpointError.
+    "layer" for `auto` below `SHIFT_BELOW` bits on texts of the user's, else "none"). `vector_bits` None: fewer below
+    a quarter of a bit, else 16. `allocate`: which of allocate.ALLOCATORS shares out the codec's bits among layers.
+    `ready`: of an earlier call for the same pair and calibration. Raises CodecError, CheckpointError.
     """
     if allocate is not None:
         check_allocatable(codec, allocate)
     if progress:
         progress("measuring activations and curvature" if codec.needs_gram else "", 0, 1)
-    ready = Preparation(base, finetuned, codec, calibration, allocate=allocate is not None)
+    lent = ready is not None
+    if ready is None or allocate is not None:  # allocators need more than a lent one may have measured
+        ready = Preparation(base, finetuned, codec, calibration, allocate=allocate is not None)
     bits: float | None = codec.budget(ready.layers) if isinstance(codec, Auto) else codec.config().get("bits")
     if vector_bits is None:
         vector_bits = _vector_bits(bits)
@@ -162,22 +166,27 @@ def make_delta(
         )
 
     if isinstance(codec, Auto) and codec.bits is not None:
-        scalars = SCALAR_BYTES * len(ready.layers) if base_shift != "none" else 0
-        artifact = _fitted(once, codec, 8 * scalars / max(sum(layer.parameters for layer in ready.layers), 1))
+        scalars = SCALAR_BYTES if base_shift != "none" else 0
+        parameters = max(sum(layer.parameters for layer in ready.layers), 1)
+        beside = 8 * LAYER_BYTES * len(ready.layers) + vector_bits * vector_parameters(base, finetuned)
+        artifact = _fitted(once, codec, 8 * scalars * len(ready.layers) / parameters, beside / parameters)
     else:
         artifact = once(codec)
     if base_shift != "none" and artifact.manifest.layers:
         texts = load_texts(calibration, load_tokenizer(base.directory, artifact.manifest), limit=SHIFT_TEXTS)
-        ready.forget()
+        if not lent:
+            ready.forget()
         fit = fit_scalars(base, finetuned, artifact, texts, span=base_shift, progress=progress)
         artifact = rescaled(base, finetuned, artifact, fit.scalars)
     return artifact
 
 
-def _fitted(once: Callable[[Codec], Artifact], codec: Auto, reserved: float) -> Artifact:
-    """The file nearest below `codec.bits` − `reserved` that a few tries find. Raises CodecError naming the least."""
+def _fitted(once: Callable[[Codec], Artifact], codec: Auto, reserved: float, beside: float) -> Artifact:
+    """The file nearest below `codec.bits` − `reserved` that a few tries find, the first without what stands `beside`
+    codes; all in bits per parameter. Raises CodecError naming the least."""
     assert codec.bits is not None
-    limit, planned = codec.bits - reserved, codec
+    limit = codec.bits - reserved
+    planned = replace(codec, bits=max(0.972 * limit - beside, LEAST_FILE))
     artifact, best = once(planned), None
     for _ in range(FITTING_ROUNDS):
         assert planned.bits is not None
@@ -200,6 +209,11 @@ def _fitted(once: Callable[[Codec], Artifact], codec: Auto, reserved: float) -> 
     if artifact.bits_per_parameter > limit and best:
         artifact = once(best)
     return artifact
+
+
+def _window(text: Text) -> Text:
+    first = max(0, text.start - LONE_TOKENS)
+    return text._replace(tokens=text.tokens[first : text.start + LONE_TOKENS], start=text.start - first)
 
 
 def _vector_bits(bits: object) -> int:

@@ -1,0 +1,1 @@
+"""One budget of bytes shared out among layers: pure mathematics on a table of costs and losses."""
