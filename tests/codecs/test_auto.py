@@ -36,7 +36,7 @@ def layers(**changes: Any) -> list[LayerStats]:
 
 
 @pytest.mark.parametrize(("bits", "codec"), [(0.01, SeededVq), (0.4, SeededVq), (TURNED_FROM, Higgs), (2.0, Higgs)])
-def test_sketches_below_half_a_bit_and_grids_above(bits: float, codec: type) -> None:
+def test_sketches_at_few_bits_and_grids_at_many(bits: float, codec: type) -> None:
     plan = Auto(bits=bits).plan(layers())
     assert all(isinstance(chosen, codec) for chosen in plan.values())
     budgets = [plan[layer.name].config()["bits"] for layer in layers()]
@@ -44,7 +44,7 @@ def test_sketches_below_half_a_bit_and_grids_above(bits: float, codec: type) -> 
     assert len(set(budgets)) > 1
 
 
-@pytest.mark.parametrize("bits", [0.5, 0.75, 1.0, 1.7, 2.0, 3.0])
+@pytest.mark.parametrize("bits", [0.75, 1.0, 1.7, 2.0, 3.0])
 def test_grids_fit_the_budget_and_use_it(bits: float) -> None:
     plan = Auto(bits=bits).plan(layers())
     cost = sum(codec.cost(layer.rows, layer.cols) for layer in layers() if isinstance(codec := plan[layer.name], Higgs))

@@ -28,7 +28,7 @@ from deltaserve_kernels.terms import Term
 
 LEAST, MOST = 0.015, 1.0
 LEAST_FILE, MOST_FILE = 0.003, 4.0
-TURNED_FROM, SPREAD = 0.45, 2.0  # bits per parameter
+TURNED_FROM, SPREAD = 0.75, 2.0  # bits per parameter
 LEAST_TURNED, MOST_TURNED = 0.29, 5.0
 EFFICIENCY = 1.05  # c of the seeded quantiser with 12-bit codes
 

@@ -84,11 +84,8 @@ class Preparation:
         self._model = None
 
     def _load(self, base: Checkpoint, finetuned: Checkpoint, codec: Codec, calibration: str) -> None:
-        from transformers.utils import logging
-
         from deltaserve.deltas.reference_model import load_reference
 
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it has one of its own for loading
         manifest = make_manifest(base, finetuned, codec.name, codec.config())  # the fine-tune's tokens and template
         self._texts = load_texts(calibration, load_tokenizer(base.directory, manifest), limit=GRAM_TEXTS)
         self._model = load_reference(base, None, finetuned, torch.bfloat16)

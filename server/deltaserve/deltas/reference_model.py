@@ -25,7 +25,9 @@ def load_reference(
     Raises CheckpointError when the directory does not load as a causal language model or tensors do not fill it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it has one of its own for loading
     source = finetuned or base
     restored = None if finetuned else artifact
     try:
