@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaserve.codecs.base import CodingError, Site, decode
+from deltaserve.codecs.base import CodingError, Estimator, Site, decode
 from deltaserve.codecs.delta_come import DeltaCome
-from deltaserve.codecs.rank_factors import Estimator
 from deltaserve.codecs.rank_widths import group_bytes
 from deltaserve.errors import CodecError
 from deltaserve_kernels.terms import LowRank

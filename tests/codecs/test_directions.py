@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltaserve.codecs.base import Estimator
 from deltaserve.codecs.directions import (
     FACTOR_BITS,
-    Estimator,
     Masks,
     largest_rank,
     low_rank,

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaserve.codecs.base import CodingError, Site, decode
+from deltaserve.codecs.base import CodingError, Estimator, Site, decode
 from deltaserve.codecs.budget import Budget
-from deltaserve.codecs.directions import Estimator
 from deltaserve.codecs.impart import RATES, ImPart, Span
 from deltaserve.codecs.registry import make_codec
 from deltaserve.errors import CodecError

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaserve.codecs.base import decode
+from deltaserve.codecs.base import Estimator, decode
 from deltaserve.codecs.rank_factors import (
-    Estimator,
     Factor,
     bit_groups,
     fit_step,

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from deltaserve.codecs.budget import Budget
 from deltaserve.codecs.registry import make_codec
+from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import compress
 from deltaserve.deltas.restore import restore
+from deltaserve.deltas.validate import check_against_base
+from deltaserve.errors import ArtifactMismatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,8 +27,6 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor
-
-    from deltaserve.deltas.artifact import Artifact
 
 
 @dataclass
@@ -47,6 +48,21 @@ class Workshop:
         out = self.folder / "restored"
         restore(Checkpoint.open(base), artifact, out, dtype=dtype)
         return out
+
+    def edited(self, artifact: Artifact, change: Callable[[dict[str, Tensor], Any], Any]) -> Artifact:
+        """The artifact, which is not packed, with its tensors and manifest changed in its place."""
+        path = artifact.file.path
+        tensors, manifest = load_file(path), json.loads(artifact.file.metadata["deltaserve"])
+        change(tensors, manifest)
+        path.unlink()
+        save_file(tensors, path, {"deltaserve": json.dumps(manifest)})
+        return Artifact.open(path)
+
+    def mismatch(self, artifact: Artifact, base: Path) -> str:
+        """What `check_against_base` says."""
+        with pytest.raises(ArtifactMismatch) as caught:
+            check_against_base(artifact, Checkpoint.open(base))
+        return caught.value.message
 
     def copy_of(self, source: Path, name: str, **config: Any) -> Path:
         """A copy of a checkpoint directory with fields of config.json changed; None removes a field."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from deltaserve.codecs.bitdelta import BitDelta
 from deltaserve.deltas.artifact import Artifact
@@ -16,7 +15,7 @@ from deltaserve.deltas.compress import code_vector, compress
 from deltaserve.deltas.resident import ResidentDelta
 from deltaserve.deltas.restore import restore
 from deltaserve.deltas.validate import check_against_base, check_numbers
-from deltaserve.errors import ArtifactMismatch, ArtifactNotFinite, CodecError
+from deltaserve.errors import ArtifactNotFinite, CodecError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,55 +121,49 @@ def test_other_widths_are_refused(tiny_base: Path, tmp_path: Path, bits: int) ->
 
 
 @pytest.fixture
-def edited(untied_base: Path, tuned: Path, tmp_path: Path) -> Callable[[Any], Artifact]:
+def edited(workshop: Any, untied_base: Path, tuned: Path, tmp_path: Path) -> Callable[[Any], Artifact]:
     """A sound artifact with differences whose tensors and manifest were changed by a function."""
 
     def make(change: Any) -> Artifact:
-        path = tmp_path / "edited"
-        checkpoints = Checkpoint.open(untied_base), Checkpoint.open(tuned)
-        artifact = compress(*checkpoints, BitDelta(), path, vector_bits=4, packed=False)
-        tensors, manifest = load_file(path), json.loads(artifact.file.metadata["deltaserve"])
-        change(tensors, manifest["overrides"])
-        path.unlink()
-        save_file(tensors, path, {"deltaserve": json.dumps(manifest)})
-        return Artifact.open(path)
+        base, finetuned = Checkpoint.open(untied_base), Checkpoint.open(tuned)
+        artifact = compress(base, finetuned, BitDelta(), tmp_path / "edited", vector_bits=4, packed=False)
+        return workshop.edited(artifact, lambda tensors, manifest: change(tensors, manifest["overrides"]))
 
     return make
 
 
-def mismatch(artifact: Artifact, base: Path) -> str:
-    with pytest.raises(ArtifactMismatch) as caught:
-        check_against_base(artifact, Checkpoint.open(base))
-    return caught.value.message
+@pytest.fixture
+def mismatch(workshop: Any, edited: Callable[[Any], Artifact], untied_base: Path) -> Callable[[Any], str]:
+    return lambda change: workshop.mismatch(edited(change), untied_base)
 
 
-def test_a_matrix_has_no_difference(edited: Callable[[Any], Artifact], untied_base: Path) -> None:
+def test_a_matrix_has_no_difference(mismatch: Callable[[Any], str], untied_base: Path) -> None:
     shape = Checkpoint.open(untied_base).entries[EMBEDDING].shape
 
     def change(_: object, overrides: dict[str, Any]) -> None:
         overrides[EMBEDDING] = {**overrides[NORM], "shape": list(shape)}
 
-    assert f"only a vector is overridden by a difference, not {shape}" in mismatch(edited(change), untied_base)
+    assert f"only a vector is overridden by a difference, not {shape}" in mismatch(change)
 
 
-def test_a_difference_of_another_size_is_refused(edited: Callable[[Any], Artifact], untied_base: Path) -> None:
-    message = mismatch(edited(lambda _, overrides: overrides[NORM]["coded"].update(cols=63)), untied_base)
+def test_a_difference_of_another_size_is_refused(mismatch: Callable[[Any], str]) -> None:
+    message = mismatch(lambda _, overrides: overrides[NORM]["coded"].update(cols=63))
     assert f"{NORM}#difference: term of shape (1, 63), its layer needs (1, 64)" in message
 
 
-def test_a_difference_under_a_mask_is_refused(edited: Callable[[Any], Artifact], untied_base: Path) -> None:
+def test_a_difference_under_a_mask_is_refused(mismatch: Callable[[Any], str]) -> None:
     mask = {"kind": "seeded", "group": 8}
-    message = mismatch(edited(lambda _, overrides: overrides[BIAS]["coded"].update(mask=mask)), untied_base)
+    message = mismatch(lambda _, overrides: overrides[BIAS]["coded"].update(mask=mask))
     assert f"{BIAS}: a difference has no mask" in message
 
 
-def test_a_difference_without_its_codes_is_refused(edited: Callable[[Any], Artifact], untied_base: Path) -> None:
-    message = mismatch(edited(lambda tensors, _: tensors.pop(f"{NORM}#difference.codes")), untied_base)
+def test_a_difference_without_its_codes_is_refused(mismatch: Callable[[Any], str]) -> None:
+    message = mismatch(lambda tensors, _: tensors.pop(f"{NORM}#difference.codes"))
     assert f"{NORM}#difference.codes: missing" in message
 
 
-def test_a_difference_of_integers_is_refused(edited: Callable[[Any], Artifact], untied_base: Path) -> None:
-    message = mismatch(edited(lambda _, overrides: overrides[NORM].update(dtype="I64")), untied_base)
+def test_a_difference_of_integers_is_refused(mismatch: Callable[[Any], str]) -> None:
+    message = mismatch(lambda _, overrides: overrides[NORM].update(dtype="I64"))
     assert f"{NORM}: type I64, base has BF16" in message
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from deltaserve.deltas.adapters import import_adapter, is_adapter
 from deltaserve.deltas.checkpoint import Checkpoint
-from deltaserve.deltas.lora import import_lora, is_adapter
 from deltaserve.deltas.restore import restore
 from deltaserve.deltas.validate import check_against_base, check_numbers
 from deltaserve.errors import CheckpointError
@@ -77,7 +77,7 @@ def edited(untied_base: Path, tmp_path: Path) -> Callable[[Any], Path]:
 def refusal(base: Path, adapter: Path) -> str:
     out = adapter.parent / "delta.safetensors"
     with pytest.raises(CheckpointError) as caught:
-        import_lora(Checkpoint.open(base), adapter, out)
+        import_adapter(Checkpoint.open(base), adapter, out)
     assert not out.exists()
     return caught.value.message
 
@@ -87,7 +87,7 @@ def test_the_restored_model_gives_pefts_logits(untied_base: Path, tmp_path: Path
     wanted = make_adapter(untied_base, tmp_path / "adapter", lora(**config))
     base = Checkpoint.open(untied_base)
     assert is_adapter(tmp_path / "adapter") and not is_adapter(untied_base)
-    artifact = import_lora(base, tmp_path / "adapter", tmp_path / "delta.safetensors")
+    artifact = import_adapter(base, tmp_path / "adapter", tmp_path / "delta.safetensors")
     check_against_base(artifact, base)
     check_numbers(artifact, base)
     restore(base, artifact, tmp_path / "restored", dtype=torch.float32)
@@ -100,7 +100,7 @@ def test_the_restored_model_gives_pefts_logits(untied_base: Path, tmp_path: Path
 
 def test_factors_travel_as_they_are(untied_base: Path, tmp_path: Path) -> None:
     make_adapter(untied_base, tmp_path / "adapter", lora(target_modules=["q_proj"]))
-    artifact = import_lora(Checkpoint.open(untied_base), tmp_path / "adapter", tmp_path / "delta.safetensors")
+    artifact = import_adapter(Checkpoint.open(untied_base), tmp_path / "adapter", tmp_path / "delta.safetensors")
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     module = "model.layers.0.self_attn.q_proj"
     term = artifact.terms(f"{module}.weight")[0]
@@ -129,9 +129,8 @@ def test_what_is_no_plain_lora_is_refused_by_name(
 
 
 def test_another_kind_of_adapter_is_refused_by_name(untied_base: Path, tmp_path: Path) -> None:
-    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-    make_adapter(untied_base, tmp_path / "adapter", config)
-    assert "'IA3'" in refusal(untied_base, tmp_path / "adapter")
+    make_adapter(untied_base, tmp_path / "adapter", LoHaConfig(target_modules=["k_proj"]))
+    assert "'LOHA'" in refusal(untied_base, tmp_path / "adapter")
 
 
 def test_a_saved_head_on_a_tied_base_is_refused(tiny_base: Path, tmp_path: Path, files: Any, workshop: Any) -> None:

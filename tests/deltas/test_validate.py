@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from deltaserve.codecs.base import decode
 from deltaserve.deltas.artifact import Artifact
@@ -31,21 +29,14 @@ def edited(workshop: Any, tiny_base: Path, tiny_finetune: Path) -> Callable[...,
     """A sound artifact whose tensors and manifest were changed by a function."""
 
     def make(change: Any, codec: str = "delta-svd", **budget: Any) -> Artifact:
-        artifact = workshop.compress(tiny_base, tiny_finetune, codec, **budget)
-        path = artifact.file.path
-        tensors, manifest = load_file(path), json.loads(artifact.file.metadata["deltaserve"])
-        change(tensors, manifest)
-        path.unlink()
-        save_file(tensors, path, {"deltaserve": json.dumps(manifest)})
-        return Artifact.open(path)
+        return workshop.edited(workshop.compress(tiny_base, tiny_finetune, codec, **budget), change)
 
     return make
 
 
-def mismatch(artifact: Artifact, base: Path) -> str:
-    with pytest.raises(ArtifactMismatch) as caught:
-        check_against_base(artifact, Checkpoint.open(base))
-    return caught.value.message
+@pytest.fixture
+def mismatch(workshop: Any, edited: Callable[..., Artifact], tiny_base: Path) -> Callable[..., str]:
+    return lambda *args, **budget: workshop.mismatch(edited(*args, **budget), tiny_base)
 
 
 def test_another_base_is_named_with_both_fingerprints(
@@ -61,7 +52,7 @@ def test_another_base_is_named_with_both_fingerprints(
     assert not (workshop.folder / "out").exists()
 
 
-def test_every_kind_of_mismatch_is_listed_at_once(edited: Callable[..., Artifact], tiny_base: Path) -> None:
+def test_every_kind_of_mismatch_is_listed_at_once(mismatch: Callable[..., str]) -> None:
     def change(tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> None:
         del tensors[f"{Q_PROJ}#0.s"]
         tensors[f"{K_PROJ}#0.left.codes"] = tensors[f"{K_PROJ}#0.left.codes"][:-1].clone()
@@ -79,7 +70,7 @@ def test_every_kind_of_mismatch_is_listed_at_once(edited: Callable[..., Artifact
         manifest["added_tokens"][0]["id"] = 5000
         manifest["model_config_changes"]["vocab_size"] = 5000
 
-    message = mismatch(edited(change, rank=4), tiny_base)
+    message = mismatch(change, rank=4)
     for line in (
         f"{Q_PROJ}#0.s: missing",
         f"{K_PROJ}#0.left.codes: shape (31, 4), expected (32, 4)",
@@ -100,14 +91,12 @@ def test_every_kind_of_mismatch_is_listed_at_once(edited: Callable[..., Artifact
         assert f"  {line}" in message
 
 
-def test_more_mismatches_than_fit_are_counted(edited: Callable[..., Artifact], tiny_base: Path) -> None:
-    message = mismatch(
-        edited(lambda tensors, _: tensors.update({f"x{i}": torch.zeros(1) for i in range(1030)})), tiny_base
-    )
+def test_more_mismatches_than_fit_are_counted(mismatch: Callable[..., str]) -> None:
+    message = mismatch(lambda tensors, _: tensors.update({f"x{i}": torch.zeros(1) for i in range(1030)}))
     assert message.startswith("1030 mismatches:") and message.endswith("… and 30 more")
 
 
-def test_a_rank_over_the_smaller_side_is_refused(edited: Callable[..., Artifact], tiny_base: Path) -> None:
+def test_a_rank_over_the_smaller_side_is_refused(mismatch: Callable[..., str]) -> None:
     def change(tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> None:
         term = manifest["layers"][K_PROJ]["terms"][0]
         term["left"]["cols"] = term["right"]["rows"] = 33
@@ -115,17 +104,15 @@ def test_a_rank_over_the_smaller_side_is_refused(edited: Callable[..., Artifact]
         tensors[f"{K_PROJ}#0.left.codes"] = torch.ones(32, 33).bfloat16()
         tensors[f"{K_PROJ}#0.right.codes"] = torch.ones(33, 64).bfloat16()
 
-    assert f"{K_PROJ}#0: rank 33 is over 32" in mismatch(edited(change), tiny_base)
+    assert f"{K_PROJ}#0: rank 33 is over 32" in mismatch(change)
 
 
 @pytest.mark.parametrize(("bits", "grid"), [(4, "sign"), (1, "int"), (1, "float"), (16, "int"), (32, "sign")])
-def test_a_grid_without_such_codes_is_refused(
-    edited: Callable[..., Artifact], tiny_base: Path, bits: int, grid: str
-) -> None:
+def test_a_grid_without_such_codes_is_refused(mismatch: Callable[..., str], bits: int, grid: str) -> None:
     def change(_: object, manifest: dict[str, Any]) -> None:
         manifest["layers"][Q_PROJ]["terms"][0].update(bits=bits, grid=grid)
 
-    assert f"grid '{grid}' has no {bits}-bit codes" in mismatch(edited(change, "bitdelta"), tiny_base)
+    assert f"grid '{grid}' has no {bits}-bit codes" in mismatch(change, "bitdelta")
 
 
 @pytest.mark.parametrize(
@@ -172,15 +159,13 @@ def test_a_scale_that_is_not_finite_is_named(edited: Callable[..., Artifact], ti
         check_numbers(artifact, Checkpoint.open(tiny_base))
 
 
-def test_a_head_and_an_embedding_of_different_sizes_are_refused(
-    edited: Callable[..., Artifact], tiny_base: Path
-) -> None:
+def test_a_head_and_an_embedding_of_different_sizes_are_refused(mismatch: Callable[..., str], tiny_base: Path) -> None:
     def change(tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> None:
         size = Checkpoint.open(tiny_base).entries[EMBEDDING].shape[0]
         tensors["lm_head.weight"] = torch.zeros(size + 9, 64).bfloat16()
         manifest["overrides"]["lm_head.weight"] = {"kind": "replace", "shape": [size + 9, 64], "dtype": "BF16"}
 
-    assert "lm_head.weight: " in mismatch(edited(change), tiny_base)
+    assert "lm_head.weight: " in mismatch(change)
 
 
 def test_terms_with_tensors_of_every_kind_read_as_they_were_written(

@@ -118,12 +118,11 @@ def test_products_on_bfloat16_units_lose_nothing_and_leave_no_setting_behind() -
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(300, 64, generator=generator).bfloat16()
     hidden = torch.randn(50, 64, generator=generator).bfloat16()
-    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     model = Predictions(Head(weight.float(), None), hidden)
     parts = [log_p for _, (log_p,) in predictions_in_chunks(model)]
     exact = F.log_softmax(hidden.double() @ weight.double().T, -1)
     assert float((torch.cat(parts) - exact).abs().max()) < 2e-5
-    assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_batches_hold_every_sequence_once_and_so_many_tokens() -> None:

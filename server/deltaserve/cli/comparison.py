@@ -9,7 +9,6 @@ import argparse
 import importlib
 import json
 import math
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +18,7 @@ from deltaserve.cli.console import progress_bar, write
 from deltaserve.errors import BadRequest, CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from deltaserve.deltas.checkpoint import Checkpoint
-    from deltaserve.evaluation.compare import Step
     from deltaserve.evaluation.results import Results
 
 BUDGETS = "2,1,0.5,0.25,0.125,0.0625,0.03,0.015,0.0075"
@@ -143,7 +139,11 @@ def compare(args: argparse.Namespace) -> int:
     file = args.output / "comparison.jsonl"
     results = Results.open(file, setup, again=cells if args.force else ())
     try:
-        with _cells_bar(quiet=args.quiet) as step:
+        with progress_bar(quiet=args.quiet, speed_estimate_period=math.inf) as progress:
+
+            def step(name: str, what: str, done: int, total: int) -> None:
+                progress(f"{name}: {what}" if name else "", done, total)
+
             fill(base, finetuned, task, cells, results, calibration=args.calibration, step=step)
     finally:  # an interruption leaves a report too, of what there is
         written = _write_report(results, picture=not args.no_plot) if results.cells else []
@@ -180,35 +180,6 @@ def _write_table(results: Results) -> None:
     console.write_table(table)
 
 
-@contextmanager
-def _cells_bar(*, quiet: bool) -> Iterator[Step]:
-    """A bar of cells, with the time left by the mean of those that are done."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.table import Column
-
-    terminal = Console(stderr=True)
-    if quiet or not terminal.is_terminal:
-        yield lambda *_: None
-        return
-    name_column = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), name_column)
-    with Progress(*columns, console=terminal, transient=True, speed_estimate_period=math.inf) as bar:
-        shown = bar.add_task("", total=None)
-
-        def step(name: str, what: str, done: int, total: int) -> None:
-            bar.update(shown, description=f"{name}: {what}" if name else "", completed=done, total=total)
-
-        yield step
-
-
 def _silence_transformers() -> None:
     from transformers.utils import logging
 
@@ -217,8 +188,8 @@ def _silence_transformers() -> None:
 
 
 def _open_finetuned(reference: str) -> Checkpoint:
+    from deltaserve.deltas.adapters import is_adapter
     from deltaserve.deltas.checkpoint import Checkpoint
-    from deltaserve.deltas.lora import is_adapter
 
     if is_adapter(Path(reference)):
         raise CheckpointError(f"{reference} is a LoRA adapter; a full checkpoint is needed")

@@ -45,7 +45,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser("compress", help="make a delta artifact of a fine-tune")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("base", metavar="BASE", help="directory, hub id or .gguf file")
-    parser.add_argument("finetuned", metavar="FINETUNED", help="the same, or a PEFT LoRA adapter's directory")
+    parser.add_argument("finetuned", metavar="FINETUNED", help="the same, or a PEFT adapter's directory: LoRA, (IA)³")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
     text = f"(default: {DEFAULT_CODEC}; delta-svd with --rank or --energy)"
     parser.add_argument("--codec", help=f"server/deltaserve/codecs/README.md has them all {text}")
@@ -75,14 +75,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def compress(args: argparse.Namespace) -> int:
+    from deltaserve.deltas.adapters import import_adapter, is_adapter
     from deltaserve.deltas.checkpoint import Checkpoint
-    from deltaserve.deltas.lora import import_lora, is_adapter
     from deltaserve.deltas.prepare import make_delta
 
     adapter = is_adapter(Path(args.finetuned))
     given = [f"--{name.replace('_', '-')}" for name in CODING if getattr(args, name) is not None]
     if adapter and given:
-        raise BadRequest(f"{args.finetuned} is a LoRA adapter and is kept as it is: {', '.join(given)} do not apply")
+        raise BadRequest(f"{args.finetuned} is an adapter and is kept as it is: {', '.join(given)} do not apply")
     codec = None if adapter else _codec(args)
     if (args.keep is None) != (args.data is None):
         raise BadRequest("--keep and --data need each other")
@@ -97,7 +97,7 @@ def compress(args: argparse.Namespace) -> int:
     tried: list[Tried] = []
     with progress_bar(quiet=args.quiet) as progress:
         if codec is None:
-            artifact = import_lora(base, Path(args.finetuned), args.output, progress=progress)
+            artifact = import_adapter(base, Path(args.finetuned), args.output, progress=progress)
         elif args.keep is not None or args.max_kl is not None:
             artifact, tried = _search(args, base, finetuned, progress)
         else:

@@ -80,8 +80,13 @@ def write_table(table: Table) -> None:
 
 
 @contextmanager
-def progress_bar(*, quiet: bool = False, in_bytes: bool = False) -> Iterator[Progress]:
-    """Yields a function that moves a bar on stderr; it does nothing when quiet or where stderr is no terminal."""
+def progress_bar(
+    *, quiet: bool = False, in_bytes: bool = False, speed_estimate_period: float = 30.0
+) -> Iterator[Progress]:
+    """Yields a function that moves a bar on stderr; it does nothing when quiet or where stderr is no terminal.
+
+    The time left is by the mean speed of the last `speed_estimate_period` seconds.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -101,7 +106,7 @@ def progress_bar(*, quiet: bool = False, in_bytes: bool = False) -> Iterator[Pro
     count = DownloadColumn() if in_bytes else MofNCompleteColumn()
     name_column = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
     columns = (BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn(), name_column)
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=speed_estimate_period) as bar:
         task = bar.add_task("", total=None)
 
         def report(name: str, done: int, total: int) -> None:

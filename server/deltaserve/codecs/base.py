@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
 from deltaserve_kernels.terms import Term
+
+Estimator: TypeAlias = Literal["unbiased", "paper"]  # of scales: ⟨Δ, Δ̂⟩ = ‖Δ‖² over a scale's span, or the paper's
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,13 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from deltaserve.codecs.base import Site
+from deltaserve.codecs.base import Estimator, Site
 from deltaserve.errors import CodecError
 from deltaserve_kernels import layout
 from deltaserve_kernels.philox import random_words
 from deltaserve_kernels.terms import Coded, Term
 
 Axis = Literal["tensor", "row", "col"]
-Estimator = Literal["unbiased", "paper"]
 
 
 @dataclass(frozen=True)

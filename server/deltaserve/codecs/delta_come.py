@@ -22,10 +22,9 @@ from typing import Any, ClassVar, get_args
 
 from torch import Tensor
 
-from deltaserve.codecs.base import Site
+from deltaserve.codecs.base import Estimator, Site
 from deltaserve.codecs.linalg import svd
 from deltaserve.codecs.rank_factors import (
-    Estimator,
     Scale,
     low_rank_terms,
     quantise_left,

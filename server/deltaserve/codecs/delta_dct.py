@@ -26,14 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaserve.codecs.base import Site
+from deltaserve.codecs.base import Estimator, Site
 from deltaserve.codecs.uniform import GAUSSIAN_STEP, normalised, odd_codes, odd_levels, unbiased_step
 from deltaserve.errors import CodecError
 from deltaserve_kernels import layout
 from deltaserve_kernels.terms import Patches, Rotated, Rotation, Term
 
 Split = Literal["even", "2-0", "2-1-0"]
-Estimator = Literal["unbiased", "paper"]
 SHARED = {"2-0": (2,), "2-1-0": (2, 1)}  # widths of equal shares
 MAX_WIDTH = 8
 

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from deltaserve.codecs.base import Site
+from deltaserve.codecs.base import Estimator, Site
 from deltaserve.codecs.uniform import (
     affordable,
     fair_zeros,
@@ -42,7 +42,6 @@ from deltaserve_kernels.terms import Coded, SeededMask, Term
 
 MAX_VALUE_BITS = 5
 TRIED_ROWS = 128  # on which group sizes are compared
-Estimator = Literal["unbiased", "paper"]
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from deltaserve.codecs.base import Site
+from deltaserve.codecs.base import Estimator, Site
 from deltaserve.codecs.linalg import Svd, svd
 from deltaserve.codecs.rank_factors import (
-    Estimator,
     Factor,
     Scale,
     fit_step,

@@ -17,12 +17,12 @@ Not here: layers calibrated on the compressed layers before them (H is the fine-
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from deltaserve.codecs.base import Site
+from deltaserve.codecs.base import Estimator, Site
 from deltaserve.codecs.linalg import Round, gptq, inverse_factor
 from deltaserve.codecs.uniform import fitted_step, normalised, odd_codes, odd_levels, output_gain
 from deltaserve.errors import CodecError
@@ -31,7 +31,6 @@ from deltaserve_kernels.terms import Coded, ExplicitMask, Term
 
 GROUP, KEEP, PLACE_BITS = 4, 2, 2
 DAMP = 0.01
-Estimator = Literal["unbiased", "paper"]
 
 
 @dataclass(frozen=True)

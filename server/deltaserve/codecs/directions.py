@@ -12,16 +12,16 @@ Below 16 bits a direction v has one step, in s, and odd levels l: v̂ = step · 
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from deltaserve.codecs.base import Estimator
 from deltaserve.codecs.uniform import fitted_step, grid_of, odd_codes, odd_levels
 from deltaserve_kernels import layout
 from deltaserve_kernels.terms import Coded, LowRank, SeededMask
 
-Estimator: TypeAlias = Literal["unbiased", "paper"]
 Masks: TypeAlias = tuple[SeededMask | None, SeededMask | None]  # of left, along the directions; of right, along columns
 
 FACTOR_BITS = (1, 2, 3, 4, 5, 8, 16)

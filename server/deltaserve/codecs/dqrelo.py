@@ -21,8 +21,8 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from deltaserve.codecs.base import Site
-from deltaserve.codecs.directions import FACTOR_BITS, Estimator, largest_rank, low_rank
+from deltaserve.codecs.base import Estimator, Site
+from deltaserve.codecs.directions import FACTOR_BITS, largest_rank, low_rank
 from deltaserve.codecs.linalg import svd
 from deltaserve.codecs.uniform import fair_zeros, normalised
 from deltaserve.errors import CodecError

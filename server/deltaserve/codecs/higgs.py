@@ -23,13 +23,12 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from deltaserve.codecs.base import Site
+from deltaserve.codecs.base import Estimator, Site
 from deltaserve.errors import CodecError
 from deltaserve_kernels import layout
 from deltaserve_kernels.terms import Book, Codebook, Rotated, Rotation, Term
 
 Scale = Literal["row", "tensor"]
-Estimator = Literal["unbiased", "paper"]
 
 GRIDS = [  # (length, b), 0.25 … 4 bits an entry; the last of a rate is the best
     *[(length, 8) for length in (32, 24, 20, 16, 12, 10, 9)],

@@ -31,8 +31,8 @@ from typing import Any, ClassVar, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from deltaserve.codecs.base import Site
-from deltaserve.codecs.directions import Estimator, Masks, low_rank, low_rank_bits
+from deltaserve.codecs.base import Estimator, Site
+from deltaserve.codecs.directions import Masks, low_rank, low_rank_bits
 from deltaserve.codecs.linalg import svd
 from deltaserve.codecs.uniform import normalised
 from deltaserve.errors import CodecError

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, get_args
 
 from torch import Tensor
 
-from deltaserve.codecs.base import Site
-from deltaserve.codecs.directions import Estimator, low_rank, low_rank_bits
+from deltaserve.codecs.base import Estimator, Site
+from deltaserve.codecs.directions import low_rank, low_rank_bits
 from deltaserve.codecs.linalg import svd
 from deltaserve.codecs.uniform import normalised
 from deltaserve.errors import CodecError

@@ -15,13 +15,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from deltaserve.codecs.base import Estimator
 from deltaserve.codecs.linalg import Round, gptq
 from deltaserve.codecs.rank_moments import Moments
 from deltaserve.codecs.uniform import MAX_GAIN, grid_of, nearest, odd_codes
 from deltaserve_kernels.terms import Coded, LowRank, Term
 
 Scale = Literal["least-squares", "peak"]
-Estimator = Literal["unbiased", "paper"]
 TINY = torch.finfo(torch.float32).tiny
 BLOCK = 128  # columns between two updates of all the columns to come
 PEAK_RATIOS = 2.0 ** (-torch.arange(17) / 4)  # steps tried, of the one that reaches the largest entry

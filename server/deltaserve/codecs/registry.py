@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from deltaserve.codecs.auto import Auto
@@ -28,6 +29,12 @@ from deltaserve.codecs.ultradelta import UltraDelta
 from deltaserve.errors import CodecError
 
 
+def _as_it_is(codec: Callable[..., Codec], name: str, budget: Budget, options: Mapping[str, Any]) -> Codec:
+    """A codec whose field `bits` is the budget's; it says itself which it can meet."""
+    refuse(name, budget, "rank", "energy")
+    return construct(codec, {**options, **({} if budget.bits is None else {"bits": budget.bits})})
+
+
 def _bitdelta(budget: Budget, options: Mapping[str, Any]) -> Codec:
     refuse("bitdelta", budget, "rank", "energy")
     if budget.bits is not None and budget.bits != 1:
@@ -40,40 +47,10 @@ def _delta_svd(budget: Budget, options: Mapping[str, Any]) -> Codec:
     return construct(DeltaSvd, {**options, **(said or ({} if options else {"rank": 16}))})
 
 
-def _seeded_vq(budget: Budget, options: Mapping[str, Any]) -> Codec:
-    refuse("seeded-vq", budget, "rank", "energy")
-    return construct(SeededVq, {**options, **({} if budget.bits is None else {"bits": budget.bits})})
-
-
-def _auto(budget: Budget, options: Mapping[str, Any]) -> Codec:
-    refuse("auto", budget, "rank", "energy")
-    return construct(Auto, {**options, **({} if budget.bits is None else {"bits": budget.bits})})
-
-
 def _dare(budget: Budget, options: Mapping[str, Any]) -> Codec:
     if budget.bits is None and not {"group", "bits"} & options.keys():
         options = {**options, "group": 8}
     return within(Dare, "dare", budget, options)
-
-
-def _delta_come(budget: Budget, options: Mapping[str, Any]) -> Codec:
-    return within(DeltaCome, "delta-come", budget, options)
-
-
-def _delta_dct(budget: Budget, options: Mapping[str, Any]) -> Codec:
-    return within(DeltaDct, "delta-dct", budget, options)
-
-
-def _deltamix(budget: Budget, options: Mapping[str, Any]) -> Codec:
-    return within(DeltaMix, "deltamix", budget, options)
-
-
-def _deltadq(budget: Budget, options: Mapping[str, Any]) -> Codec:
-    return within(DeltaDQ, "deltadq", budget, options)
-
-
-def _ultradelta(budget: Budget, options: Mapping[str, Any]) -> Codec:
-    return within(UltraDelta, "ultradelta", budget, options, share=2 / 3)  # what its plan leaves a layer
 
 
 def _deltazip(budget: Budget, options: Mapping[str, Any]) -> Codec:
@@ -84,29 +61,12 @@ def _deltazip(budget: Budget, options: Mapping[str, Any]) -> Codec:
     return finest(DeltaZip, "deltazip", budget.bits, "value_bits", sizes, options)
 
 
-def _dqrelo(budget: Budget, options: Mapping[str, Any]) -> Codec:
-    return within(DQReLO, "dqrelo", budget, options)
-
-
-def _higgs(budget: Budget, options: Mapping[str, Any]) -> Codec:
-    refuse("higgs", budget, "rank", "energy")
-    return construct(Higgs, {**options, **({} if budget.bits is None else {"bits": budget.bits})})
-
-
-def _impart(budget: Budget, options: Mapping[str, Any]) -> Codec:
-    return within(ImPart, "impart", budget, options)
-
-
 def _lora_svd(budget: Budget, options: Mapping[str, Any]) -> Codec:
     if budget.rank is not None:
         options = {**options, "rank": budget.rank}
     elif budget.bits is None and not {"rank", "bits"} & options.keys():
         options = {**options, "rank": 16}
     return within(LoraSvd, "lora-svd", Budget(bits=budget.bits, energy=budget.energy), options)
-
-
-def _loraquant(budget: Budget, options: Mapping[str, Any]) -> Codec:
-    return within(LoRAQuant, "loraquant", budget, options)
 
 
 def _lossless(budget: Budget, options: Mapping[str, Any]) -> Codec:
@@ -124,24 +84,24 @@ def _slim(budget: Budget, options: Mapping[str, Any]) -> Codec:
 
 
 CODECS: dict[str, Callable[[Budget, Mapping[str, Any]], Codec]] = {
-    "auto": _auto,
+    "auto": partial(_as_it_is, Auto, "auto"),
     "bitdelta": _bitdelta,
     "dare": _dare,
-    "delta-come": _delta_come,
-    "delta-dct": _delta_dct,
+    "delta-come": partial(within, DeltaCome, "delta-come"),
+    "delta-dct": partial(within, DeltaDct, "delta-dct"),
     "delta-svd": _delta_svd,
-    "deltadq": _deltadq,
-    "deltamix": _deltamix,
+    "deltadq": partial(within, DeltaDQ, "deltadq"),
+    "deltamix": partial(within, DeltaMix, "deltamix"),
     "deltazip": _deltazip,
-    "dqrelo": _dqrelo,
-    "higgs": _higgs,
-    "impart": _impart,
+    "dqrelo": partial(within, DQReLO, "dqrelo"),
+    "higgs": partial(_as_it_is, Higgs, "higgs"),
+    "impart": partial(within, ImPart, "impart"),
     "lora-svd": _lora_svd,
-    "loraquant": _loraquant,
+    "loraquant": partial(within, LoRAQuant, "loraquant"),
     "lossless": _lossless,
-    "seeded-vq": _seeded_vq,
+    "seeded-vq": partial(_as_it_is, SeededVq, "seeded-vq"),
     "slim": _slim,
-    "ultradelta": _ultradelta,
+    "ultradelta": partial(within, UltraDelta, "ultradelta", share=2 / 3),  # what its plan leaves a layer
 }
 
 

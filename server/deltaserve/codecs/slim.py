@@ -19,12 +19,12 @@ such that ⟨Δ, Δ̂⟩_H = ‖Δ‖²_H.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from deltaserve.codecs.base import Site
+from deltaserve.codecs.base import Estimator, Site
 from deltaserve.codecs.linalg import Round, gptq, inverse_factor
 from deltaserve.codecs.uniform import (
     fair_zeros,
@@ -44,7 +44,6 @@ MAX_BITS = 4
 DAMP = 0.01
 ERROR_POWER = 2.4
 SEARCHED = torch.linspace(0.9, 1.1, 21)
-Estimator = Literal["unbiased", "paper"]
 
 
 @dataclass(frozen=True)

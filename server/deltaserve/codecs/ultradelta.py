@@ -26,12 +26,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from deltaserve.codecs.base import Codec, LayerStats, Site
+from deltaserve.codecs.base import Codec, Estimator, LayerStats, Site
 from deltaserve.codecs.uniform import affordable, normalised
 from deltaserve.errors import CodecError
 from deltaserve_kernels import layout
@@ -40,7 +40,6 @@ from deltaserve_kernels.terms import Coded, SeededMask, Term
 VALUE_BITS = 4
 CLASSES = 2**VALUE_BITS
 TABLE_BITS = 32 * CLASSES
-Estimator = Literal["unbiased", "paper"]
 
 
 @dataclass(frozen=True)

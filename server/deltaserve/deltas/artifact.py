@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from deltaserve.codecs.base import decode
-from deltaserve.deltas.manifest import METADATA_KEY, PACKED, LayerSpec, Manifest, OverrideSpec
+from deltaserve.deltas.base_factors import BaseFactors
+from deltaserve.deltas.manifest import BASE_COLS, BASE_ROWS, METADATA_KEY, PACKED, LayerSpec, Manifest, OverrideSpec
 from deltaserve.deltas.specs import build_term
 from deltaserve.deltas.tensorfile import Entry, TensorFile
 from deltaserve.errors import ArtifactError
@@ -115,13 +116,19 @@ class Artifact:
         return self.entries[name].read()
 
     def terms(self, layer: str) -> list[Term]:
-        """The packed terms of a layer, over mapped memory. Raises KeyError."""
+        """The packed terms of a layer, none where it has base factors alone; over mapped memory. Raises KeyError."""
         spec = self.manifest.layers[layer]
         site = site_number(layer)
         return [
             build_term(term, f"{layer}#{index}", self.read, self.manifest.seed, site)
             for index, term in enumerate(spec.terms)
         ]
+
+    def base_factors(self, layer: str) -> BaseFactors:
+        """Over mapped memory. Raises KeyError."""
+        spec = self.manifest.layers[layer]
+        rows = self.read(f"{layer}#{BASE_ROWS}") if spec.base_rows else None
+        return BaseFactors(rows, self.read(f"{layer}#{BASE_COLS}") if spec.base_cols else None)
 
     def override(self, name: str) -> Override:
         spec = self.manifest.overrides[name]
@@ -151,13 +158,24 @@ class Artifact:
         return total + sum(4 * math.prod(spec.shape) for _, spec in overrides if spec.kind == "add")
 
 
-def restored_weight(base: Tensor, terms: Sequence[Term], gamma: float, base_shift: float, dtype: torch.dtype) -> Tensor:
-    """W = (1 + base_shift) · W_base + gamma · Σ terms in float32, in the shape of the base's and in `dtype`.
+def restored_weight(
+    base: Tensor,
+    terms: Sequence[Term],
+    gamma: float,
+    base_shift: float,
+    dtype: torch.dtype,
+    factors: BaseFactors | None = None,
+) -> Tensor:
+    """W = (1 + base_shift) · factors(W_base) + gamma · Σ terms in float32, in the shape of the base's and in `dtype`.
 
-    With a base_shift of −1 nothing of the base is left, not even the sign of a zero.
+    With terms and a base_shift of −1 nothing of the base is left, not even the sign of a zero.
     """
-    delta = (gamma * decode(terms)).view(base.shape)
-    return (delta if base_shift == -1 else (1 + base_shift) * base.float() + delta).to(dtype)
+    delta = (gamma * decode(terms)).view(base.shape) if terms else None
+    if delta is not None and base_shift == -1:
+        return delta.to(dtype)
+    scaled = factors.apply(base.float()) if factors else base.float()
+    whole = (1 + base_shift) * scaled
+    return (whole if delta is None else whole + delta).to(dtype)
 
 
 def term_shape(layer: LayerSpec) -> tuple[int, int]:

@@ -176,14 +176,6 @@ def _mean_divergence(teacher: PreTrainedModel, student: PreTrainedModel, batches
 def _divergence(teacher: PreTrainedModel, student: PreTrainedModel, batch: Batch) -> Tensor:
     """KL(teacher ‖ student), mean over the tokens of a batch that are predicted."""
     with torch.no_grad():
-        log_p = F.log_softmax(_logits(teacher, batch), -1)
-    log_q = F.log_softmax(_logits(student, batch), -1)
+        log_p = F.log_softmax(batch.logits(teacher), -1)
+    log_q = F.log_softmax(batch.logits(student), -1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-
-
-def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """float32 [predicted tokens, V]"""
-    hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    logits: Tensor = head(hidden.flatten(0, 1).index_select(0, batch.predicting)).float()
-    return logits

@@ -12,8 +12,6 @@ The model runs one decoder layer at a time over the hidden states of all texts: 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deltaserve.deltas.reference_model import encode_row
+from deltaserve.deltas.reference_model import encode_row, exact_products
 from deltaserve.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -54,6 +52,13 @@ class Batch(NamedTuple):
         """[kept tokens, …, D] of a tensor [B, T, D] or [B · T, D]; None where it holds not one row a token."""
         rows = tensor.reshape(-1, tensor.shape[-1])
         return rows.index_select(0, self.kept) if len(rows) == self.ids.numel() else None
+
+    def logits(self, model: PreTrainedModel) -> Tensor:
+        """float32 [n, V], at `predicting`."""
+        hidden = model.base_model(input_ids=self.ids, use_cache=False).last_hidden_state
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        logits: Tensor = head(hidden.flatten(0, 1).index_select(0, self.predicting)).float()
+        return logits
 
 
 def load_texts(
@@ -210,7 +215,7 @@ class _InputMoments:
         self._latest = x, name
         if name not in self.sums:
             self.sums[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
-        with _exact_products(x.dtype):
+        with exact_products(x.dtype):
             # float32 [in, tokens], laid out so: twice as fast to multiply as rows of tokens
             columns = rows.T.to(torch.float32, memory_format=torch.contiguous_format)
             self.sums[name].addmm_(columns, columns.T, alpha=self.batch.share)
@@ -242,14 +247,3 @@ def _record(
         for layer in layers:
             vars(layer).pop("forward", None)
     return hidden, calls
-
-
-@contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Float32 matmuls of bfloat16 numbers on bfloat16 units, where there are any: the products stay exact."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

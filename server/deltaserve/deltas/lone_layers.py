@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from deltaserve.deltas.calibration import Batch, Text
+    from deltaserve.deltas.calibration import Text
 
 BATCH = 8
 
@@ -55,7 +55,7 @@ class LoneLayers:
                 for layer in self._layers
             ]
             try:
-                self._log_p.append(self._log_probabilities(batch))
+                self._log_p.append(F.log_softmax(batch.logits(model), -1))
             finally:
                 for handle in handles:
                     handle.remove()
@@ -73,7 +73,7 @@ class LoneLayers:
             parts = []
             for batch, reads, log_p in zip(self._batches, self._reads, self._log_p, strict=True):
                 with self._from_layer(index, reads[index]):
-                    log_q = self._log_probabilities(batch)
+                    log_q = F.log_softmax(batch.logits(self._model), -1)
                 parts.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1, dtype=torch.float64))
         finally:
             linear.weight.data = before
@@ -88,9 +88,3 @@ class LoneLayers:
         finally:
             for layer in self._layers[:index]:
                 vars(layer).pop("forward", None)
-
-    def _log_probabilities(self, batch: Batch) -> Tensor:
-        """float32 [predicted tokens, V]"""
-        hidden = self._model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-        head = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        return F.log_softmax(head(hidden.flatten(0, 1).index_select(0, batch.predicting)).float(), -1)

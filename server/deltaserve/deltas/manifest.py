@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import TypedDict
 
 from deltaserve.deltas.specs import TermSpec
-from deltaserve.deltas.specs.base import STRICT, Layout, Positive, Strict
+from deltaserve.deltas.specs.base import SINGLE_FLOATS, STRICT, Layout, Positive, Strict
 from deltaserve.deltas.specs.coded import CodedSpec
 from deltaserve.deltas.tensorfile import DTYPES, MAX_NAME_CHARS
 
@@ -20,6 +20,7 @@ FORMAT: Literal["deltaserve-delta"] = "deltaserve-delta"
 VERSION: Literal[1] = 1
 METADATA_KEY = "deltaserve"
 PACKED = "packed"
+BASE_ROWS, BASE_COLS = "base_rows", "base_cols"
 
 
 def checked_name(name: str) -> str:
@@ -34,6 +35,7 @@ Shape: TypeAlias = Annotated[list[Natural], Field(max_length=8)]
 TypeName: TypeAlias = Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})$")]  # safetensors' name
 TensorName: TypeAlias = Annotated[str, AfterValidator(checked_name)]
 Factor: TypeAlias = Annotated[float, Field(ge=-65536, le=65536, allow_inf_nan=False)]
+Stored: TypeAlias = Annotated[bool, Field(exclude_if=lambda stored: not stored)]
 Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 TokenIds: TypeAlias = Annotated[list[Natural], Field(min_length=1, max_length=64)]
 Label: TypeAlias = Annotated[str, Field(max_length=256)]
@@ -52,20 +54,38 @@ class ErrorSpec(Strict):
 class LayerSpec(Strict):
     """A compressed matrix: term j has the tensors LAYER#j.…; shape is the checkpoint's, rows × the rest for a term.
 
-    W = (1 + base_shift) · W_base + gamma · Σ_j Term_j         the two numbers of DBMS, arXiv 2505.11344
+    W = (1 + base_shift) · diag(rows) · W_base · diag(cols) + gamma · Σ_j Term_j
+
+    gamma and base_shift are the two numbers of DBMS, arXiv 2505.11344; rows and cols the factors of (IA)³, arXiv
+    2205.05638, 1 where not stored. A layer with factors may have no term.
     """
 
     shape: Shape
     dtype: TypeName  # of the fine-tune's tensor
-    terms: Annotated[list[TermSpec], Field(min_length=1, max_length=16)]
+    terms: Annotated[list[TermSpec], Field(max_length=16)]
     gamma: Factor = 1.0
     base_shift: Factor = 0.0
+    base_rows: Stored = False  # LAYER#base_rows [rows]
+    base_cols: Stored = False  # LAYER#base_cols [cols]
     error: ErrorSpec | None = None
 
     def layout(self, name: str) -> Layout:
         """Names in the file."""
         terms = enumerate(self.terms)
-        return {f"{name}#{i}.{key}": what for i, term in terms for key, what in term.layout().items()}
+        named: Layout = {f"{name}#{i}.{key}": what for i, term in terms for key, what in term.layout().items()}
+        if self.base_rows:
+            named[f"{name}#{BASE_ROWS}"] = ((self.shape[0],), SINGLE_FLOATS)
+        if self.base_cols:
+            named[f"{name}#{BASE_COLS}"] = ((self.shape[1],), SINGLE_FLOATS)
+        return named
+
+    @model_validator(mode="after")
+    def _changes_the_base(self) -> LayerSpec:
+        if not (self.terms or self.base_rows or self.base_cols):
+            raise ValueError("a layer has at least one term, or factors on the base's rows or columns")
+        if (self.base_rows or self.base_cols) and len(self.shape) != 2:
+            raise ValueError("only a matrix has factors on its rows and columns")
+        return self
 
 
 class OverrideSpec(Strict):

@@ -16,9 +16,12 @@ from deltaserve.codecs.auto import LEAST_FILE, MOST_FILE, Auto
 from deltaserve.codecs.base import Planner
 from deltaserve.deltas.allocate import allocated, check_allocatable
 from deltaserve.deltas.base_shift import fit_scalars, rescaled
-from deltaserve.deltas.calibration import BUILTIN, load_texts
+from deltaserve.deltas.calibration import BUILTIN, Calibration, load_texts
 from deltaserve.deltas.companions import load_tokenizer
 from deltaserve.deltas.compress import compress, layer_stats, make_manifest, vector_parameters
+from deltaserve.deltas.gradients import sensitivities
+from deltaserve.deltas.lone_layers import LoneLayers
+from deltaserve.deltas.reference_model import load_reference
 from deltaserve.errors import CodecError
 
 if TYPE_CHECKING:
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
     from deltaserve.deltas.calibration import Text
     from deltaserve.deltas.checkpoint import Checkpoint
     from deltaserve.deltas.compress import Grams, Progress
-    from deltaserve.deltas.lone_layers import LoneLayers
 
 GRAM_TEXTS, GRADIENT_TEXTS = 64, 16
 LONE_TEXTS, LONE_TOKENS = 8, 16  # of a text so many before the first that is predicted, and so many predicted
@@ -66,15 +68,10 @@ class Preparation:
 
     def grams(self) -> Grams | None:
         """New at every call: they are asked for layer by layer, once."""
-        from deltaserve.deltas.calibration import Calibration
-
         return Calibration(self._model, self._texts) if self._model is not None else None
 
     def lone_layers(self, base: Checkpoint, finetuned: Checkpoint) -> LoneLayers:
         """A second fine-tune, in float32, on windows of some texts: every layer that is tried runs them again."""
-        from deltaserve.deltas.lone_layers import LoneLayers
-        from deltaserve.deltas.reference_model import load_reference
-
         every = max(1, len(self._texts) // LONE_TEXTS)
         windows = [_window(text) for text in self._texts[::every][:LONE_TEXTS]]
         return LoneLayers(load_reference(base, None, finetuned, torch.float32), windows)
@@ -84,15 +81,11 @@ class Preparation:
         self._model = None
 
     def _load(self, base: Checkpoint, finetuned: Checkpoint, codec: Codec, calibration: str) -> None:
-        from deltaserve.deltas.reference_model import load_reference
-
         manifest = make_manifest(base, finetuned, codec.name, codec.config())  # the fine-tune's tokens and template
         self._texts = load_texts(calibration, load_tokenizer(base.directory, manifest), limit=GRAM_TEXTS)
         self._model = load_reference(base, None, finetuned, torch.bfloat16)
 
     def _curvature(self) -> dict[str, float]:
-        from deltaserve.deltas.gradients import sensitivities
-
         assert self._model is not None
         every = max(1, len(self._texts) // GRADIENT_TEXTS)
         measured = sensitivities(self._model, self._texts[::every][:GRADIENT_TEXTS])

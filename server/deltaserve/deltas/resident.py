@@ -8,19 +8,25 @@ from dataclasses import dataclass, replace
 import torch
 
 from deltaserve.deltas.artifact import Artifact, Override
+from deltaserve.deltas.base_factors import BaseFactors
 from deltaserve_kernels.terms import Term
 
 
 @dataclass(frozen=True)
 class ResidentLayer:
-    """y += gamma · Σ_j x·Term_jᵀ + base_shift · x·W_baseᵀ"""
+    """y = (1 + base_shift) · ((x ⊙ cols)·W_baseᵀ) ⊙ rows + gamma · Σ_j x·Term_jᵀ"""
 
     terms: tuple[Term, ...]
     gamma: float = 1.0
     base_shift: float = 0.0
+    factors: BaseFactors = BaseFactors()
 
     def to(self, device: torch.device | str) -> ResidentLayer:
-        return replace(self, terms=tuple(term.to(device) for term in self.terms))
+        return replace(self, terms=tuple(term.to(device) for term in self.terms), factors=self.factors.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        return self.factors.nbytes + sum(term.nbytes for term in self.terms)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class ResidentDelta:
                 tuple(term.to("cpu", copy=True).serving() for term in artifact.terms(name)),
                 spec.gamma,
                 spec.base_shift,
+                artifact.base_factors(name).to("cpu", copy=True),
             )
             for name, spec in manifest.layers.items()
         }
@@ -59,5 +66,5 @@ class ResidentDelta:
     @property
     def nbytes(self) -> int:
         """Summed from the real tensors."""
-        terms = sum(term.nbytes for layer in self.layers.values() for term in layer.terms)
-        return terms + sum(override.nbytes for override in self.overrides.values())
+        layers = sum(layer.nbytes for layer in self.layers.values())
+        return layers + sum(override.nbytes for override in self.overrides.values())

@@ -1,6 +1,6 @@
 """An artifact on its base → a full checkpoint in Hugging Face layout, overrides put back.
 
-W = (1 + base_shift) · W_base + gamma · Σ terms
+W = (1 + base_shift) · diag(rows) · W_base · diag(cols) + gamma · Σ terms
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def restored_tensor(base: Checkpoint, artifact: Artifact, name: str, dtype: torc
     manifest = artifact.manifest
     if name in manifest.layers:
         layer = manifest.layers[name]
-        terms, kept = artifact.terms(name), DTYPES[layer.dtype]
-        return restored_weight(base.tensor(name), terms, layer.gamma, layer.base_shift, dtype or kept)
+        terms, factors, kept = artifact.terms(name), artifact.base_factors(name), DTYPES[layer.dtype]
+        return restored_weight(base.tensor(name), terms, layer.gamma, layer.base_shift, dtype or kept, factors)
     if name in manifest.overrides:
         override = artifact.override(name)
         spec = manifest.overrides[name]

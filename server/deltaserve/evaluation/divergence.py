@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from deltaserve.deltas.reference_model import load_reference
-from deltaserve.evaluation.predictions import Head, Predictions, check_head, final_hidden, predictions_in_chunks
+from deltaserve.evaluation.predictions import Head, Predictions, check_head, final_hidden, mean_divergence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,14 +36,7 @@ class Divergence:
     def measure(self, artifact: Artifact) -> dict[str, float]:
         """Mean over the tokens of each kind of text."""
         found = self._predictions(load_reference(self._base, artifact, None, self._dtype))
-        return {
-            kind: sum(
-                float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
-                for _, (log_p, log_q) in predictions_in_chunks(wanted, found[kind])
-            )
-            / len(wanted.hidden)
-            for kind, wanted in self._wanted.items()
-        }
+        return {kind: mean_divergence(wanted, found[kind]) for kind, wanted in self._wanted.items()}
 
     @torch.inference_mode()
     def _predictions(self, model: PreTrainedModel) -> dict[str, Predictions]:

@@ -32,7 +32,9 @@ from deltaserve.evaluation.predictions import (
     batches,
     check_head,
     final_hidden,
+    mean_divergence,
     predictions_in_chunks,
+    summed_divergence,
 )
 from deltaserve.evaluation.rows import Scoring, encode, is_match
 
@@ -142,12 +144,11 @@ class Judge:
             nats += float(F.nll_loss(log_q, wanted[part], reduction="sum"))
             said.append(log_q.argmax(-1))
             for other in log_p:
-                kl += _divergence(other, log_q)
+                kl += summed_divergence(other, log_q)
                 agreeing += int((other.argmax(-1) == said[-1]).sum())
         general_kl = None
         if finetuned and finetuned.general and run.general:
-            both = predictions_in_chunks(finetuned.general, run.general)
-            general_kl = sum(_divergence(log_p, log_q) for _, (log_p, log_q) in both) / len(run.general.hidden)
+            general_kl = mean_divergence(finetuned.general, run.general)
         advance("answering")
         tokens = greedy_answers(model, self._examples, torch.split(torch.cat(said), lengths), self._ends, self._batch)
         texts = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -175,8 +176,3 @@ def counter(progress: Progress | None, total: int) -> Advance:
     """A function that reports the step that begins."""
     done = itertools.count()
     return lambda name: progress(name, next(done), total) if progress else None
-
-
-def _divergence(log_p: Tensor, log_q: Tensor) -> float:
-    """KL, summed over the positions."""
-    return float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))

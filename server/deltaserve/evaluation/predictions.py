@@ -9,12 +9,12 @@ are made again, some positions at a time, each time they are needed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from deltaserve.deltas.reference_model import exact_products
 from deltaserve.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -58,10 +58,20 @@ class Predictions(NamedTuple):
 def predictions_in_chunks(*models: Predictions) -> Iterator[tuple[slice, list[Tensor]]]:
     """Positions, and log p float32 [positions, V] of every model at them. All have the same number of positions."""
     step = max(1, CHUNK_LOGITS // models[0].head.vocab_size)
-    with _exact_products(models[0].hidden.dtype):
+    with exact_products(models[0].hidden.dtype):
         for start in range(0, len(models[0].hidden), step):
             part = slice(start, start + step)
             yield part, [model.head.log_p(model.hidden[part]) for model in models]
+
+
+def summed_divergence(log_p: Tensor, log_q: Tensor) -> float:
+    """KL(p ‖ q), nats, summed over the positions."""
+    return float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+
+
+def mean_divergence(p: Predictions, q: Predictions) -> float:
+    """KL(p ‖ q), nats, mean over the positions."""
+    return sum(summed_divergence(*log_p) for _, log_p in predictions_in_chunks(p, q)) / len(p.hidden)
 
 
 def final_hidden(
@@ -105,19 +115,3 @@ def padded(model: PreTrainedModel, sequences: Sequence[list[int]]) -> tuple[Tens
     ids = torch.tensor([[0] * (width - len(s)) + s for s in sequences], device=model.device)
     mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=model.device)
     return ids, mask
-
-
-@contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """float32 products of numbers that are bfloat16 run on bfloat16 units (AMX, 2.4 times as fast).
-
-    Nothing is lost: such products are exact in float32, and they are summed in float32.
-    """
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    if dtype == torch.bfloat16:
-        settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before

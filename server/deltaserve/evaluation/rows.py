@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from deltaserve.deltas.reference_model import encode_row
 from deltaserve.errors import CheckpointError, TemplateError
 
 if TYPE_CHECKING:
@@ -65,20 +66,8 @@ def is_match(got: str, want: str, scoring: Scoring) -> bool:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, row: Row) -> Example:
-    """A prompt in the tenant's chat template where there is one, raw otherwise; the answer ends with its eos."""
-    from jinja2 import TemplateError as JinjaError
-
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": row.prompt}]
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (JinjaError, TypeError, ValueError) as error:
-            raise TemplateError(f"the chat template fails on a user's message: {error}") from None
-        prompt: list[int] = tokenizer(text, add_special_tokens=False).input_ids  # the template writes its own
-    else:
-        prompt = tokenizer(row.prompt).input_ids
+    """As `encode_row`. Raises TemplateError for a prompt that becomes no tokens, too."""
+    prompt, answer = encode_row(tokenizer, row.prompt, row.answer)
     if not prompt:
         raise TemplateError(f"the prompt {row.prompt[:40]!r} becomes no tokens")
-    answer: list[int] = tokenizer(row.answer, add_special_tokens=False).input_ids
-    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return Example(prompt, answer + end, row.answer)
+    return Example(prompt, answer, row.answer)

@@ -1,6 +1,6 @@
 """The ONE place where kernels meet the model: layers of the base that add, for each row, the delta of the row's slot.
 
-    y[rows of slot] = (1 + base_shift)·x·W_baseᵀ + b + gamma·Σ_j x·Term_jᵀ
+    y[rows of slot] = (1 + base_shift)·((x ⊙ cols)·W_baseᵀ) ⊙ rows + b + gamma·Σ_j x·Term_jᵀ
 
 The base product is made once for all rows, whoever they belong to.
 
@@ -10,18 +10,40 @@ norm or bias by its tenant's tensor, rows of an embedding or head by the tenant'
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaserve.deltas.resident import ResidentDelta, ResidentLayer
-from deltaserve.model.step import StepContext
+from deltaserve.model.step import Step, StepContext
 from deltaserve_kernels.apply import apply_term
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from deltaserve_kernels.segments import Segment
+
+
+def base_input(x: Tensor, name: str, step: Step, runs: Sequence[Segment]) -> Tensor:
+    """x [..., in] as the base's weight `name` takes it: the runs of deltas with factors on its columns, scaled."""
+    layers = ((run, step.delta(run).layers.get(name)) for run in runs)
+    scaled = [(run, layer.factors.cols) for run, layer in layers if layer and layer.factors.cols is not None]
+    if not scaled:
+        return x
+    x = x.clone(memory_format=torch.contiguous_format)
+    for run, cols in scaled:
+        x.flatten(0, -2)[run.start : run.stop] *= cols
+    return x
 
 
 def add_layer(x: Tensor, y: Tensor, layer: ResidentLayer, bias: Tensor | None) -> None:
-    """Adds a delta to y [T, out], which is x·W_baseᵀ + bias of x [T, in]; changes y."""
-    if layer.base_shift:
+    """Adds a delta to y [T, out], which is base_input(x)·W_baseᵀ + bias of x [T, in]; changes y."""
+    if layer.factors.rows is not None:
+        scale = (1 + layer.base_shift) * layer.factors.rows.float()  # float32 [out], and so are the products
+        y.copy_(y * scale if bias is None else (y - bias.float()) * scale + bias)
+    elif layer.base_shift:
         y += layer.base_shift * (y if bias is None else y - bias)
     for term in layer.terms:
         added = apply_term(x, term)
@@ -41,8 +63,8 @@ class DeltaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] with one row for each row of the step → [..., out]."""
-        y = F.linear(x, self.weight, self.bias)
         step = self._context[0].current
+        y = F.linear(base_input(x, self._weight_name, step, step.segments.runs), self.weight, self.bias)
         rows, out = x.flatten(0, -2), y.flatten(0, -2)  # views
         assert len(rows) == step.num_rows, f"{self._weight_name}: {len(rows)} rows in a step of {step.num_rows}"
         for run in step.segments.runs:
@@ -72,7 +94,7 @@ class DeltaHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [R, in], one row for each row of the step's head segments → [R, largest vocabulary], −inf past a row's."""
         step = self._context[0].current
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(base_input(x, self._weight_name, step, step.head_segments.runs), self.weight, self.bias)
         runs = [(run, step.delta(run)) for run in step.head_segments.runs]
         widest = max([y.shape[1], *(self._vocabulary(delta) for _, delta in runs)])
         if widest > y.shape[1]:

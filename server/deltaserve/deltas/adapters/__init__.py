@@ -1,6 +1,7 @@
 """Parameter-efficient fine-tunes → artifacts, their parameters kept as they were trained.
 
 lora     PEFT's LoRA: one low-rank term a layer; trained biases and modules_to_save become overrides
+ia3      PEFT's (IA)³: factors on the base's rows or columns, no term; modules_to_save become overrides
 bitfit   biases alone (Ben Zaken et al., arXiv 2106.10199): overrides, and no layer at all
 """
 
@@ -9,7 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deltaserve.deltas.adapters.bitfit import is_biases, read_biases
-from deltaserve.deltas.adapters.lora import is_peft, read_lora
+from deltaserve.deltas.adapters.ia3 import read_ia3
+from deltaserve.deltas.adapters.lora import read_lora
+from deltaserve.deltas.adapters.parts import ADAPTER_CONFIG
 from deltaserve.deltas.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -20,11 +23,12 @@ if TYPE_CHECKING:
 
 
 def is_adapter(path: Path) -> bool:
-    return is_peft(path) or is_biases(path)
+    return (path / ADAPTER_CONFIG).is_file() or is_biases(path)
 
 
 def import_adapter(base: Checkpoint, adapter: Path, out: Path, *, progress: Progress | None = None) -> Artifact:
     """Writes the artifact `out` and opens it. Raises CheckpointError listing everything that does not fit."""
     weights = Checkpoint.open(adapter)
-    parts = read_lora(base, weights) if is_peft(adapter) else read_biases(base, weights)
-    return parts.write(base, weights, out, progress)
+    config = weights.json(ADAPTER_CONFIG)
+    read = read_biases if config is None else read_ia3 if config.get("peft_type") == "IA3" else read_lora
+    return read(base, weights).write(base, weights, out, progress)

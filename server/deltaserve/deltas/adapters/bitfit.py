@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deltaserve.deltas.adapters.parts import PREFIX, Parts
+from deltaserve.deltas.adapters.parts import Parts, plain_name
 from deltaserve.deltas.checkpoint import Checkpoint, non_finite
 from deltaserve.errors import CheckpointError
 
@@ -37,5 +37,5 @@ def read_biases(base: Checkpoint, weights: Checkpoint) -> Parts:
         if problem := non_finite(tensor):
             parts.problems.append(f"{key}: {problem}")
         else:
-            parts.replace(base, key, key.removeprefix(PREFIX).replace(".base_layer.", "."), tensor, "a bias")
+            parts.replace(base, key, plain_name(key), tensor, "a bias")
     return parts

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deltaserve.deltas.adapters.parts import PREFIX, Parts
+from deltaserve.deltas.adapters.parts import ADAPTER_CONFIG, PREFIX, Parts, plain_name
 from deltaserve.deltas.checkpoint import Checkpoint, non_finite
 from deltaserve.deltas.specs.base import VECTOR_FLOATS
 from deltaserve.errors import CheckpointError
@@ -24,7 +24,6 @@ from deltaserve_kernels.terms import Coded, LowRank
 if TYPE_CHECKING:
     from pathlib import Path
 
-ADAPTER_CONFIG = "adapter_config.json"
 FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight$")
 REFUSED_OPTIONS = (
     "use_dora",
@@ -41,10 +40,6 @@ REFUSED_OPTIONS = (
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others (PiSSA, OLoRA, …) change the base as well
 
 
-def is_peft(path: Path) -> bool:
-    return (path / ADAPTER_CONFIG).is_file()
-
-
 def read_lora(base: Checkpoint, weights: Checkpoint) -> Parts:
     config = weights.json(ADAPTER_CONFIG) or {}
     _check_config(weights.directory, config)
@@ -57,8 +52,7 @@ def read_lora(base: Checkpoint, weights: Checkpoint) -> Parts:
         elif match := FACTOR.match(name):
             factors.setdefault(match["module"], {})[match["factor"]] = tensor
         else:
-            plain = name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
-            parts.replace(base, key, plain.replace(".base_layer.", "."), tensor, "a LoRA factor")
+            parts.replace(base, key, plain_name(key), tensor, "a LoRA factor")
     for module, pair in factors.items():
         if problem := _misfit(base, module, pair):
             parts.problems.append(f"{module}: {problem}")
@@ -71,7 +65,9 @@ def read_lora(base: Checkpoint, weights: Checkpoint) -> Parts:
 
 def _check_config(adapter: Path, config: dict[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{adapter}: peft_type {config.get('peft_type')!r}; only LORA adapters are deltas here")
+        raise CheckpointError(
+            f"{adapter}: peft_type {config.get('peft_type')!r}; only LORA and IA3 adapters are deltas here"
+        )
     refused = [option for option in REFUSED_OPTIONS if config.get(option)]
     if refused:
         raise CheckpointError(f"{adapter}: {', '.join(refused)} in {ADAPTER_CONFIG}: not additive on plain weights")

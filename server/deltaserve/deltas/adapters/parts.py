@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from deltaserve.deltas.artifact import Artifact, Override, override_spec, override_tensors
+from deltaserve.deltas.base_factors import BaseFactors
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import Progress, make_manifest, write_artifact
-from deltaserve.deltas.manifest import LayerSpec, OverrideSpec
+from deltaserve.deltas.manifest import BASE_COLS, BASE_ROWS, LayerSpec, OverrideSpec
 from deltaserve.deltas.specs import term_spec, term_tensors
 from deltaserve.deltas.tensorfile import DTYPE_NAMES, TensorFileWriter
 from deltaserve.errors import CheckpointError
@@ -21,17 +22,25 @@ if TYPE_CHECKING:
 
     from deltaserve_kernels.terms import Term
 
+ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # of the names in an adapter that PEFT saved
 SHOWN = 50
 
 
+def plain_name(key: str) -> str:
+    """The base's name of a tensor that PEFT saved whole: a bias, or one of modules_to_save."""
+    name = key.removeprefix(PREFIX).replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+    return name.replace(".base_layer.", ".")
+
+
 @dataclass
 class Parts:
-    """Terms and overrides by tensor name, and every reason not to take them."""
+    """Terms, factors and overrides by tensor name, and every reason not to take them."""
 
     codec: str
     config: dict[str, Any] = field(default_factory=dict)
     terms: dict[str, Term] = field(default_factory=dict)
+    factors: dict[str, BaseFactors] = field(default_factory=dict)
     overrides: dict[str, Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -47,23 +56,20 @@ class Parts:
 
     def write(self, base: Checkpoint, weights: Checkpoint, out: Path, progress: Progress | None) -> Artifact:
         """Writes the artifact `out`, whole or not at all, and opens it. Raises CheckpointError for any problem."""
-        both = [f"{name}: both adapted and replaced" for name in sorted(self.terms.keys() & self.overrides.keys())]
+        adapted = self.terms.keys() | self.factors.keys()
+        both = [f"{name}: both adapted and replaced" for name in sorted(adapted & self.overrides.keys())]
         if problems := self.problems + both:
             listed = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
             raise CheckpointError(f"{weights.directory}: {len(problems)} problems:\n{listed}")
         layers: dict[str, LayerSpec] = {}
         overrides: dict[str, OverrideSpec] = {}
         writer = TensorFileWriter(out.parent)
-        total = len(self.terms) + len(self.overrides)
+        total = len(adapted) + len(self.overrides)
         try:
-            for done, (name, term) in enumerate(sorted(self.terms.items())):
+            for done, name in enumerate(sorted(adapted)):
                 if progress:
                     progress(name, done, total)
-                for key, tensor in term_tensors(term, f"{name}#0").items():
-                    writer.add(key, tensor)
-                entry = base.entries[name]
-                spec = LayerSpec(shape=list(entry.shape), dtype=DTYPE_NAMES[entry.dtype], terms=[term_spec(term)])
-                layers[name] = spec
+                layers[name] = self._write_layer(name, base, writer)
             for name, tensor in sorted(self.overrides.items()):
                 override = Override(tensor, None, tuple(tensor.shape))
                 overrides[name] = override_spec(override, DTYPE_NAMES[tensor.dtype])
@@ -76,3 +82,20 @@ class Parts:
         if progress:
             progress("", total, total)
         return Artifact.open(out)
+
+    def _write_layer(self, name: str, base: Checkpoint, writer: TensorFileWriter) -> LayerSpec:
+        terms = [self.terms[name]] if name in self.terms else []
+        factors = self.factors.get(name, BaseFactors())
+        for index, term in enumerate(terms):
+            for key, tensor in term_tensors(term, f"{name}#{index}").items():
+                writer.add(key, tensor)
+        for key, vector in ((BASE_ROWS, factors.rows), (BASE_COLS, factors.cols)):
+            if vector is not None:
+                writer.add(f"{name}#{key}", vector)
+        return LayerSpec(
+            shape=list(base.entries[name].shape),
+            dtype=DTYPE_NAMES[base.entries[name].dtype],
+            terms=[term_spec(term) for term in terms],
+            base_rows=factors.rows is not None,
+            base_cols=factors.cols is not None,
+        )
