@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import pytest
 import torch
@@ -53,32 +54,35 @@ def test_longer_vectors_of_a_rate_are_better_and_none_beats_the_bound(length: in
 
 
 def test_the_seeded_table_is_frozen() -> None:
-    """As above: the integers before the norms."""
-    rows = {0: [[37, -36, -95, 97, -77], [-51, -53, -71, -27, -15]], 1: [[-112, -84, -20, 149, 38]]}
+    """As above: the integers before the division by √8."""
+    rows = {0: [[0, 4, 4, 0, -4], [4, 0, 0, -4, 0]], 1: [[-6, 2, 2, 2, 2], [2, 2, 2, 2, 2]]}
     for stream, first in rows.items():
-        table, whole = Book(stream=stream).table(1, 5).double(), torch.tensor(first, dtype=torch.float64)
-        norms = whole.square().sum(1, keepdim=True).sqrt()
-        assert torch.equal(table[: len(first)], (whole / norms * 5**0.5).float().double())
+        table = Book(stream=stream).table(4, 5).double()
+        assert torch.equal(table[3 : 3 + len(first)], (torch.tensor(first).double() / 8**0.5).float().double())
 
 
-def test_the_seeded_table_is_sums_of_bytes_of_one_norm() -> None:
-    words = random_words(SEED, SITE, 8, 6, stream=3)
-    sums = (sum((words // 256**k) % 256 for k in range(4)) // 2 - 255).double()
-    table = Book(stream=3).table(3, 6)
-    torch.testing.assert_close(table.double() / table[:, :1], sums / sums[:, :1])
-    torch.testing.assert_close(table.square().sum(1), torch.full((8,), 6.0))
+@pytest.mark.parametrize("bits, length, stream", [(1, 1, 0), (3, 6, 3), (5, 9, 1), (2, 40, 0), (6, 64, 2)])
+def test_the_seeded_table_is_its_formula(bits: int, length: int, stream: int) -> None:
+    n = max(2, 2 ** math.ceil(math.log2(length)))
+    for c in range(2**bits):
+        k, a = divmod(c, n)
+        words = random_words(SEED, SITE, k + 1, n, stream=stream)[k].tolist()
+        for j in range(length):
+            flips = ((a & m).bit_count() + words[m] + (m & j).bit_count() for m in range(n))
+            expected = sum((-1) ** flip for flip in flips) / math.sqrt(n)
+            assert float(Book(stream=stream).table(bits, length)[c, j]) == pytest.approx(expected, rel=1e-6)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(bits=st.integers(1, 6), length=st.integers(2, 40), stream=st.integers(0, 2))
-def test_but_for_the_norm_a_shorter_table_is_the_beginning_of_a_longer_one(bits: int, length: int, stream: int) -> None:
-    beginning = Book(stream=stream).table(7, 41)[: 2**bits, :length]
-    scaled = beginning / beginning.square().sum(1, keepdim=True).sqrt() * length**0.5
-    torch.testing.assert_close(Book(stream=stream).table(bits, length), scaled)
+@given(bits=st.integers(1, 6), length=st.integers(33, 64), stream=st.integers(0, 2))
+def test_a_shorter_table_is_the_beginning_of_a_longer_one(bits: int, length: int, stream: int) -> None:
+    whole = Book(stream=stream).table(7, 64)
+    assert torch.equal(Book(stream=stream).table(bits, length), whole[: 2**bits, :length])
 
 
-def test_seeded_entries_are_normal_enough() -> None:
+def test_seeded_entries_are_normal_enough_and_vectors_far_apart() -> None:
     table = Book().table(11, 64)
     assert float(table.mean()) == pytest.approx(0, abs=0.01)
-    assert float(table.pow(4).mean()) == pytest.approx(3, abs=0.4)  # four uniforms: 2.7
+    assert float(table.pow(2).mean()) == pytest.approx(1, abs=1e-6)
+    assert float(table.pow(4).mean()) == pytest.approx(3, abs=0.2)
     assert float((table @ table.T / 64).fill_diagonal_(0).abs().max()) < 6 / 8

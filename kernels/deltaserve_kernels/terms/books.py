@@ -1,9 +1,12 @@
 """The tables of vectors that codes point into: part of the format, the same on every machine, never in an artifact.
 
-seeded     entry (c, j) from the four bytes of one Philox word: ((b₀ + b₁ + b₂ + b₃) >> 1) − 255, close to Gaussian and
-           exact in bfloat16; every vector then scaled to the norm √length. Counter: row c, word j, stream; key and
-           site are the format's. But for that norm a shorter table is the beginning of a longer one, so that all
-           layers and tenants share one.
+seeded     rows of randomised Hadamard transforms, n = 2^⌈log₂ length⌉ at a time, never less than 2; H is Sylvester's, of ±1:
+
+               C[k·n + a][j] = n^(−1/2) · Σ_m H[a, m] · d_k[m] · H[m, j]        a < n, j < length
+
+           d_k[m] = ±1, − where bit 0 of word m of row k is set (philox; key and site are the format's). Entries are close
+           to Gaussian: a column that dominates finds many sizes among them, which ±1 would not give it. Products of an x
+           with a whole table are 1 + 2^index_bits / n fast transforms, so nobody has to hold the table
 gaussian   2^index_bits vectors of `length` with a mean square error close to the least on a Gaussian source, found once
            (books/make.py) and shipped for some pairs: books/gaussian.npz, arrays "LENGTH-BITS", float32
 """
@@ -19,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltaserve_kernels.hadamard import walsh_hadamard, walsh_matrix
 from deltaserve_kernels.philox import random_words
 
 SEED, SITE = 0x64656C74_61736572, 1  # the format's own: changing them is a new kind of book
@@ -42,14 +46,26 @@ class Book:
         return _gaussian(index_bits, length, device)
 
 
+def seeded_size(length: int) -> int:
+    """n: rows of one transform."""
+    return max(2, 1 << (length - 1).bit_length())
+
+
+@cache
+def seeded_signs(stream: int, index_bits: int, length: int, device: str) -> Tensor:
+    """d, float32 ±1 [transforms, n]"""
+    n = seeded_size(length)
+    words = random_words(SEED, SITE, -(-(1 << index_bits) // n), n, stream=stream, device=device)
+    return 1.0 - 2.0 * (words & 1)
+
+
 @cache
 def _seeded(stream: int, index_bits: int, length: int, device: str) -> Tensor:
-    words = random_words(SEED, SITE, 2**index_bits, length, stream=stream, device=device)
-    total = torch.stack([words >> shift & 0xFF for shift in (0, 8, 16, 24)]).sum(0)
-    table = ((total >> 1) - 255).double()
-    norms = table.square().sum(1, keepdim=True).sqrt().clamp(min=1)
-    scaled: Tensor = table / norms * length**0.5
-    return scaled.float()
+    n, signs = seeded_size(length), seeded_signs(stream, index_bits, length, device)
+    place = torch.arange(min(1 << index_bits, n), device=device)
+    rows = walsh_matrix(place, n) * signs[:, None]  # [transforms, rows of each, n]
+    table: Tensor = (walsh_hadamard(rows)[..., :length].double() / n**0.5).float().flatten(0, 1)
+    return table
 
 
 @cache

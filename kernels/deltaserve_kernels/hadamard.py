@@ -1,0 +1,27 @@
+"""Walsh–Hadamard transforms in Sylvester's order, not normalised: H[i, j] = (−1)^popcount(i & j)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # of one product
+
+
+def walsh_matrix(rows: Tensor, size: int) -> Tensor:
+    """float32 [len(rows), size]: those rows, int64 ≥ 0, of H."""
+    parity = rows[:, None] & torch.arange(size, device=rows.device)
+    for shift in (16, 8, 4, 2, 1):
+        parity = parity ^ (parity >> shift)
+    return 1.0 - 2.0 * (parity & 1)
+
+
+def walsh_hadamard(x: Tensor) -> Tensor:
+    """x [..., n], n a power of two → x · H in x's dtype, by factors of at most `BLOCK`: H of a·b is H_a ⊗ H_b."""
+    size = x.shape[-1]
+    block = min(size, BLOCK)
+    matrix = walsh_matrix(torch.arange(block, device=x.device), block).to(x.dtype)
+    y = x.unflatten(-1, (size // block, block)) @ matrix
+    if size > block:
+        y = walsh_hadamard(y.mT).mT
+    return y.flatten(-2)
