@@ -21,7 +21,7 @@ def walsh_hadamard(x: Tensor) -> Tensor:
     size = x.shape[-1]
     block = min(size, BLOCK)
     matrix = walsh_matrix(torch.arange(block, device=x.device), block).to(x.dtype)
-    y = x.unflatten(-1, (size // block, block)) @ matrix
+    y: Tensor = x.reshape(*x.shape[:-1], size // block, block) @ matrix
     if size > block:
         y = walsh_hadamard(y.mT).mT
     return y.flatten(-2)

@@ -35,7 +35,8 @@ from deltaserve.engine.types import SamplingParams
 from deltaserve.errors import BadRequest, CheckpointError
 from deltaserve.ids import RequestId
 from deltaserve.metrics import MAX_DELTA_SERIES, Metrics
-from deltaserve.model.load import ServedModel, load_model
+from deltaserve.model.load import load_model
+from deltaserve.model.served import ServedModel
 from deltaserve.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,14 @@ def build_services(settings: Settings) -> Services:
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     kv_tokens = settings.kv_cache_tokens or _default_kv_tokens(base, device)
     num_blocks = max(kv_tokens // settings.block_size, 1)
-    model = load_model(base, device=device, dtype=dtype, kv_slots=num_blocks * settings.block_size)
+    model = load_model(
+        base,
+        device=device,
+        dtype=dtype,
+        kv_slots=num_blocks * settings.block_size,
+        block_size=settings.block_size,
+        kernels=settings.kernels,
+    )
     max_model_len = _max_model_len(settings, model, num_blocks * settings.block_size)
     metrics = Metrics(settings.served_model_name or base.name)
     parts: dict[str, Engine] = {}
@@ -62,6 +70,7 @@ def build_services(settings: Settings) -> Services:
         lambda digest: store.path(digest),
         device,
         Limits(settings.max_deltas, settings.max_cpu_deltas, settings.max_delta_bytes, settings.max_cpu_delta_bytes),
+        serve=model.serve,
         on_ready=lambda: parts["engine"].wake(),
         on_loaded=metrics.delta_load_seconds.observe,
     )
@@ -101,7 +110,7 @@ def build_services(settings: Settings) -> Services:
             "base": base.fingerprint,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "kernels": "torch",
+            **model.runtime,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
@@ -116,9 +125,9 @@ def build_services(settings: Settings) -> Services:
     )
     metrics.read_gauges_from(lambda: _gauges(services, blocks))
     logger.info(
-        "base %s (%s…) on %s as %s; context %d tokens, KV cache %d tokens; kernels: torch",
+        "base %s (%s…) on %s as %s; context %d tokens, KV cache %d tokens; decoder %s, kernels %s",
         services.base_id, base.fingerprint[:12], device, services.runtime["dtype"], max_model_len,
-        num_blocks * settings.block_size,
+        num_blocks * settings.block_size, model.runtime["decoder"], model.runtime["kernels"],
     )  # fmt: skip
     return services
 
@@ -203,7 +212,7 @@ def _warm_up(runner: Runner, model: ServedModel, text: TextSide, blocks: BlockPo
     except Exception as error:
         raise CheckpointError(f"this architecture cannot be served: {type(error).__name__}: {error}") from error
     else:
-        if (paged := model.context.cache.num_layers) != model.num_layers:
+        if (paged := model.num_paged_layers) != model.num_layers:
             raise CheckpointError(
                 f"this architecture cannot be served: {paged} of its {model.num_layers} layers keep their state in the "
                 "paged KV cache"

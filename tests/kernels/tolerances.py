@@ -10,6 +10,11 @@ from torch import Tensor
 
 RELATIVE_RMS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
+# The native kernels take x in bfloat16 and answer in float32; against bfloat16(x) · decode(term)ᵀ in float64.
+# exact: only sums are rounded. split: 32-bit values as two of bfloat16, 16 bits of mantissa. rounded: to bfloat16,
+# once: what is made of x before the product (column scales, transforms, between factors), values of tables and groups.
+NATIVE_RELATIVE_RMS = {"exact": 2e-6, "split": 2e-5, "rounded": 8e-3}
+
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖ in float64."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltaserve.deltas.artifact import Override
 from deltaserve.deltas.resident import ResidentDelta, ResidentLayer
 from deltaserve.model import delta_layers
-from deltaserve.model.attention import AttentionBatch, KvCache
+from deltaserve.model.attention import KvCache
 from deltaserve.model.delta_layers import DeltaEmbedding, DeltaHead, DeltaLinear, DeltaModule
 from deltaserve.model.step import Step, StepContext
 from deltaserve_kernels.segments import Segments
@@ -48,13 +48,13 @@ def some_rows(rows: list[int], size: int, total: int, seed: int) -> Override:
 
 
 def enter(context: StepContext, deltas: Sequence[ResidentDelta | None], slots: Sequence[int] = SLOTS) -> None:
-    nothing = torch.zeros(0, dtype=torch.int64)
     context.step = Step(
         num_rows=len(slots),
         segments=Segments.of(slots),
         head_segments=Segments.of(slots),
         deltas=deltas,
-        attention=AttentionBatch(nothing, nothing, nothing[:, None], nothing, []),
+        spans=[],
+        block_size=1,
     )
 
 

@@ -1,12 +1,12 @@
 """The tables of vectors that codes point into: part of the format, the same on every machine, never in an artifact.
 
-seeded     rows of randomised Hadamard transforms, n = 2^⌈log₂ length⌉ at a time, never less than 2; H is Sylvester's, of ±1:
+seeded     rows of randomised Hadamard transforms, n = 2^⌈log₂ length⌉ at a time, 2 at least; H is Sylvester's, of ±1:
 
                C[k·n + a][j] = n^(−1/2) · Σ_m H[a, m] · d_k[m] · H[m, j]        a < n, j < length
 
-           d_k[m] = ±1, − where bit 0 of word m of row k is set (philox; key and site are the format's). Entries are close
-           to Gaussian: a column that dominates finds many sizes among them, which ±1 would not give it. Products of an x
-           with a whole table are 1 + 2^index_bits / n fast transforms, so nobody has to hold the table
+           d_k[m] = ±1, − where bit 0 of word m of row k is set (philox; key and site are the format's). Entries are
+           close to Gaussian: a column that dominates finds many sizes among them, which ±1 would not give it. Products
+           of an x with the table are 1 + 2^index_bits / n fast transforms, so nobody has to hold the table
 gaussian   2^index_bits vectors of `length` with a mean square error close to the least on a Gaussian source, found once
            (books/make.py) and shipped for some pairs: books/gaussian.npz, arrays "LENGTH-BITS", float32
 """

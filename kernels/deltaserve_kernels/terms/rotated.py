@@ -40,21 +40,21 @@ class Rotation:
     def _blockwise(self, x: Tensor, *, transpose: bool) -> Tensor:
         whole, start, parts = x.shape[-1] // self.size, 0, []
         if whole:
-            matrix = _matrix(self.kind, self.size, x.dtype, str(x.device))
+            matrix = block_matrix(self.kind, self.size, x.dtype, str(x.device))
             block = x[..., : whole * self.size].reshape(*x.shape[:-1], whole, self.size)
             parts.append((block @ (matrix.T if transpose else matrix)).flatten(-2))
             start = whole * self.size
         while start < x.shape[-1]:
             rest = x.shape[-1] - start
             length = rest if self.kind == "dct" else 1 << rest.bit_length() - 1
-            matrix = _matrix(self.kind, length, x.dtype, str(x.device))
+            matrix = block_matrix(self.kind, length, x.dtype, str(x.device))
             parts.append(x[..., start : start + length] @ (matrix.T if transpose else matrix))
             start += length
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
 @cache
-def _matrix(kind: str, size: int, dtype: torch.dtype, device: str) -> Tensor:
+def block_matrix(kind: str, size: int, dtype: torch.dtype, device: str) -> Tensor:
     """T, orthonormal [size, size]: row k is the k-th basis vector."""
     if kind == "hadamard":
         matrix = torch.ones(1, 1, dtype=torch.float64)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from deltaserve.deltas.artifact import Artifact
-from deltaserve.deltas.resident import ResidentDelta
+from deltaserve.deltas.resident import ResidentDelta, Serve
 from deltaserve.errors import DeltaLoadFailed
 from deltaserve.ids import DeltaDigest, Slot
 
@@ -45,6 +45,7 @@ class Residency:
         device: torch.device,
         limits: Limits,
         *,
+        serve: Serve | None = None,
         on_ready: Callable[[], None],
         on_loaded: Callable[[float], None] = lambda seconds: None,
     ) -> None:
@@ -52,6 +53,7 @@ class Residency:
         self._path_of = path_of
         self._device = device
         self._limits = limits
+        self._serve = serve
         self._on_ready = on_ready
         self._on_loaded = on_loaded
         self._lock = threading.RLock()
@@ -166,7 +168,8 @@ class Residency:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest:
             raise DeltaLoadFailed(f"the stored delta {digest[:12]} is damaged: its bytes have the digest {found[:12]}")
-        return ResidentDelta.load(Artifact.open(path))
+        artifact = Artifact.open(path)
+        return ResidentDelta.load(artifact, self._serve) if self._serve else ResidentDelta.load(artifact)
 
     def _try_free_slot(self, num_bytes: int) -> Slot | None:
         """An empty slot, after evicting what must go for the count and the bytes; None, and nothing evicted, if that

@@ -2,48 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
 from deltaserve.deltas.artifact import Artifact, Override
 from deltaserve.deltas.base_factors import BaseFactors
+from deltaserve_kernels.native.parts import Part
 from deltaserve_kernels.terms import Term
+
+ServedTerm: TypeAlias = Term | Part  # packed for torch, or for the native kernels
+Serve: TypeAlias = Callable[[Term], ServedTerm]
+
+
+def _for_torch(term: Term) -> ServedTerm:
+    return term.serving()
 
 
 @dataclass(frozen=True)
 class ResidentLayer:
     """y = (1 + base_shift) · ((x ⊙ cols)·W_baseᵀ) ⊙ rows + gamma · Σ_j x·Term_jᵀ"""
 
-    terms: tuple[Term, ...]
+    terms: tuple[ServedTerm, ...]
     gamma: float = 1.0
     base_shift: float = 0.0
     factors: BaseFactors = BaseFactors()
 
     def to(self, device: torch.device | str) -> ResidentLayer:
-        return replace(self, terms=tuple(term.to(device) for term in self.terms), factors=self.factors.to(device))
+        """Parts stay: they are read on the host alone."""
+        terms = tuple(term if isinstance(term, Part) else term.to(device) for term in self.terms)
+        return replace(self, terms=terms, factors=self.factors.to(device))
 
     @property
     def nbytes(self) -> int:
         return self.factors.nbytes + sum(term.nbytes for term in self.terms)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ResidentDelta:
-    """Layers by the name of the weight they add to, overrides by the name of the tensor they replace. Immutable."""
+    """Layers by the name of the weight they add to, overrides by the name of the tensor they replace. Immutable, and
+    equal to itself alone."""
 
     layers: Mapping[str, ResidentLayer]
     overrides: Mapping[str, Override]
     unties_head: bool = False  # the fine-tune has a head of its own where the base shares the embedding
 
     @classmethod
-    def load(cls, artifact: Artifact) -> ResidentDelta:
-        """On the host, in memory of its own: the file may go. `artifact` is validated."""
+    def load(cls, artifact: Artifact, serve: Serve = _for_torch) -> ResidentDelta:
+        """On the host, in memory of its own: the file may go. `artifact` is validated; `serve` forms its terms."""
         manifest = artifact.manifest
         layers = {
             name: ResidentLayer(
-                tuple(term.to("cpu", copy=True).serving() for term in artifact.terms(name)),
+                tuple(serve(term.to("cpu", copy=True)) for term in artifact.terms(name)),
                 spec.gamma,
                 spec.base_shift,
                 artifact.base_factors(name).to("cpu", copy=True),

@@ -11,9 +11,8 @@ from deltaserve.deltas.resident import ResidentDelta
 from deltaserve.engine.sampling import Generators, Sampled, sample, token_logprobs
 from deltaserve.engine.scheduler import Chunk
 from deltaserve.engine.types import Request, TokenLogprob
-from deltaserve.model.attention import AttentionBatch, Prefill
-from deltaserve.model.load import ServedModel
-from deltaserve.model.step import Step
+from deltaserve.model.served import ServedModel
+from deltaserve.model.step import Span, Step
 from deltaserve_kernels.segments import Segments
 
 
@@ -47,7 +46,12 @@ class Runner:
             segments=Segments.of([c.request.slot for c in chunks for _ in range(c.num_tokens)]),
             head_segments=Segments.of([c.request.slot for c, rows in zip(chunks, wanted, strict=True) for _ in rows]),
             deltas=self._slots,
-            attention=self._attention(chunks, starts),
+            spans=[
+                Span(start, start + c.num_tokens, c.start + c.num_tokens, c.request.blocks)
+                for c, start in zip(chunks, starts, strict=False)
+            ],
+            block_size=self._block_size,
+            device=device,
         )
         rows = [start + row for start, own in zip(starts, wanted, strict=False) for row in own]
         logits = self._model.forward(
@@ -61,33 +65,6 @@ class Runner:
     def _logit_rows(self, chunk: Chunk) -> range:
         first = 0 if chunk.request.params.prompt_logprobs and not chunk.request.num_generated else chunk.num_tokens - 1
         return range(first if chunk.samples or not first else chunk.num_tokens, chunk.num_tokens)
-
-    def _attention(self, chunks: Sequence[Chunk], starts: Sequence[int]) -> AttentionBatch:
-        device, size = self._model.device, self._block_size
-        write: list[int] = []
-        decode_rows: list[int] = []
-        contexts: list[list[int]] = []
-        prefills: list[Prefill] = []
-        for chunk, start in zip(chunks, starts, strict=False):
-            length = chunk.start + chunk.num_tokens
-            blocks = chunk.request.blocks
-            slots = [block * size + i for block in blocks[: -(-length // size)] for i in range(size)][:length]
-            write += slots[chunk.start :]
-            if chunk.num_tokens == 1:
-                decode_rows.append(start)
-                contexts.append(slots)
-            else:
-                prefills.append(Prefill(start, start + chunk.num_tokens, torch.tensor(slots, device=device)))
-        longest = max(map(len, contexts), default=0)
-        # Padded with a slot of its own: what is masked must not be another request's, whose NaN would show through.
-        padded = [context + context[:1] * (longest - len(context)) for context in contexts]
-        return AttentionBatch(
-            write_slots=torch.tensor(write, device=device),
-            decode_rows=torch.tensor(decode_rows, dtype=torch.int64, device=device),
-            decode_kv_slots=torch.tensor(padded, dtype=torch.int64, device=device),
-            decode_lengths=torch.tensor([len(context) for context in contexts], dtype=torch.int64, device=device),
-            prefills=prefills,
-        )
 
     def _results(self, chunks: Sequence[Chunk], wanted: Sequence[range], logits: torch.Tensor) -> list[ChunkResult]:
         ends = []  # row of `logits` that each chunk's next token comes from

@@ -6,6 +6,7 @@ import multiprocessing
 import resource
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -55,13 +56,21 @@ def compress_apart(
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the process is started, which inherits that it waits: it is the parent that ends it."""
+    """Ctrl-C waits until the process is started, which inherits that it waits: it is the parent that ends it. The mask
+    is for the child; in this process another thread may take the signal, and Python would still raise here."""
     resource_tracker.ensure_running()  # its start, part of the first process', would let interrupts through again
+    noted: list[int] = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number)) if is_main else None
     try:
         yield
     finally:
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if noted:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _compress(

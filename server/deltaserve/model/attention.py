@@ -8,7 +8,7 @@ Reference in plain torch; a fused kernel would take its place with the same Atte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NAME = "deltaserve_paged"
+
+
+class _Span(Protocol):
+    """step.Span"""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def blocks(self) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,32 @@ class AttentionBatch:
     decode_lengths: Tensor  # int64 [B]: context length, the row itself included
     prefills: list[Prefill]
     masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)  # of this step, shared by the layers
+
+    @classmethod
+    def of(cls, spans: Sequence[_Span], block_size: int, device: torch.device) -> AttentionBatch:
+        write: list[int] = []
+        decode_rows: list[int] = []
+        contexts: list[list[int]] = []
+        prefills: list[Prefill] = []
+        for span in spans:
+            blocks = span.blocks[: -(-span.length // block_size)]
+            slots = [block * block_size + i for block in blocks for i in range(block_size)][: span.length]
+            write += slots[span.length - (span.stop - span.start) :]
+            if span.stop - span.start == 1:
+                decode_rows.append(span.start)
+                contexts.append(slots)
+            else:
+                prefills.append(Prefill(span.start, span.stop, torch.tensor(slots, device=device)))
+        longest = max(map(len, contexts), default=0)
+        # Padded with a slot of its own: what is masked must not be another request's, whose NaN would show through.
+        padded = [context + context[:1] * (longest - len(context)) for context in contexts]
+        return cls(
+            write_slots=torch.tensor(write, device=device),
+            decode_rows=torch.tensor(decode_rows, dtype=torch.int64, device=device),
+            decode_kv_slots=torch.tensor(padded, dtype=torch.int64, device=device),
+            decode_lengths=torch.tensor([len(context) for context in contexts], dtype=torch.int64, device=device),
+            prefills=prefills,
+        )
 
     def decode_mask(self, window: int | None) -> Tensor:
         """bool [B, 1, 1, longest context]"""

@@ -16,9 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaserve.deltas.artifact import Override
 from deltaserve.deltas.resident import ResidentDelta, ResidentLayer
 from deltaserve.model.step import Step, StepContext
 from deltaserve_kernels.apply import apply_term
+from deltaserve_kernels.native.library import load
+from deltaserve_kernels.native.parts import Part
+from deltaserve_kernels.native.site import apply_part
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +50,9 @@ def add_layer(x: Tensor, y: Tensor, layer: ResidentLayer, bias: Tensor | None) -
     elif layer.base_shift:
         y += layer.base_shift * (y if bias is None else y - bias)
     for term in layer.terms:
+        if isinstance(term, Part):
+            y += apply_part(load(), x, term, layer.gamma)
+            continue
         added = apply_term(x, term)
         y += added if layer.gamma == 1 else layer.gamma * added
 
@@ -79,6 +86,36 @@ class DeltaLinear(nn.Module):
             out += bias if self.bias is None else bias - self.bias
 
 
+def head_override_name(delta: ResidentDelta, tied: bool, embedding: str, head: str) -> str:
+    """The tensor that overrides the head's rows: a tied head is the embedding, unless the fine-tune has its own."""
+    return embedding if tied and not delta.unties_head else head
+
+
+def widest_vocabulary(base: int, overrides: Sequence[Override | None]) -> int:
+    return max([base, *(override.shape[0] for override in overrides if override is not None)])
+
+
+def override_logits(x: Tensor, y: Tensor, override: Override, bias: Tensor | None) -> None:
+    """y [R, vocabulary] of the rows that a tenant changed or added: x [R, in] times them; changes y."""
+    rows = torch.arange(override.shape[0], device=x.device) if override.rows is None else override.rows
+    logits = F.linear(x, override.values.to(x.dtype)).to(y.dtype)
+    if bias is not None:  # an added row has none
+        logits += F.pad(bias, (0, max(override.shape[0] - len(bias), 0)))[rows]
+    y[:, rows] = logits
+
+
+def replace_embeddings(ids: Tensor, out: Tensor, override: Override | None) -> None:
+    """out [T, size] of the ids int64 [T] whose rows a tenant changed or added; changes out."""
+    if override is None or not len(override.values):
+        return
+    if override.rows is None:
+        out.copy_(F.embedding(ids, override.values))
+        return
+    place = torch.searchsorted(override.rows, ids).clamp(max=len(override.rows) - 1)
+    found = override.rows[place] == ids
+    out[found] = override.values[place[found]].to(out.dtype)
+
+
 class DeltaHead(nn.Module):
     """Logits of the rows that are asked for: the base's head, terms on it, and the tenant's own or added rows."""
 
@@ -96,30 +133,19 @@ class DeltaHead(nn.Module):
         step = self._context[0].current
         y = F.linear(base_input(x, self._weight_name, step, step.head_segments.runs), self.weight, self.bias)
         runs = [(run, step.delta(run)) for run in step.head_segments.runs]
-        widest = max([y.shape[1], *(self._vocabulary(delta) for _, delta in runs)])
-        if widest > y.shape[1]:
+        overrides = [delta.overrides.get(self._override_name(delta)) for _, delta in runs]
+        if (widest := widest_vocabulary(y.shape[1], overrides)) > y.shape[1]:
             y = F.pad(y, (0, widest - y.shape[1]), value=-torch.inf)
-        for run, delta in runs:
-            self._change(x[run.start : run.stop], y[run.start : run.stop], delta)
+        for (run, delta), override in zip(runs, overrides, strict=True):
+            own, out = x[run.start : run.stop], y[run.start : run.stop]
+            if override is not None:
+                override_logits(own, out, override, self.bias)
+            if (layer := delta.layers.get(self._weight_name)) is not None:
+                add_layer(own, out[:, : len(self.weight)], layer, self.bias)
         return y
 
     def _override_name(self, delta: ResidentDelta) -> str:
-        shared = self._tied and not delta.unties_head
-        return self._embedding_name if shared else self._weight_name
-
-    def _vocabulary(self, delta: ResidentDelta) -> int:
-        override = delta.overrides.get(self._override_name(delta))
-        return override.shape[0] if override else len(self.weight)
-
-    def _change(self, x: Tensor, y: Tensor, delta: ResidentDelta) -> None:
-        if (override := delta.overrides.get(self._override_name(delta))) is not None:
-            rows = torch.arange(override.shape[0], device=x.device) if override.rows is None else override.rows
-            logits = F.linear(x, override.values.to(x.dtype))
-            if self.bias is not None:  # an added row has none
-                logits += F.pad(self.bias, (0, max(override.shape[0] - len(self.bias), 0)))[rows]
-            y[:, rows] = logits
-        if (layer := delta.layers.get(self._weight_name)) is not None:
-            add_layer(x, y[:, : len(self.weight)], layer, self.bias)
+        return head_override_name(delta, self._tied, self._embedding_name, self._weight_name)
 
 
 class DeltaEmbedding(nn.Module):
@@ -140,18 +166,9 @@ class DeltaEmbedding(nn.Module):
         flat, out = ids.flatten(), y.flatten(0, -2)
         assert len(flat) == step.num_rows, f"{self._weight_name}: {len(flat)} ids in a step of {step.num_rows}"
         for run in step.segments.runs:
-            self._replace(flat[run.start : run.stop], out[run.start : run.stop], step.delta(run))
+            override = step.delta(run).overrides.get(self._weight_name)
+            replace_embeddings(flat[run.start : run.stop], out[run.start : run.stop], override)
         return y
-
-    def _replace(self, ids: Tensor, out: Tensor, delta: ResidentDelta) -> None:
-        if (override := delta.overrides.get(self._weight_name)) is None or not len(override.values):
-            return
-        if override.rows is None:
-            out.copy_(F.embedding(ids, override.values))
-            return
-        place = torch.searchsorted(override.rows, ids).clamp(max=len(override.rows) - 1)
-        found = override.rows[place] == ids
-        out[found] = override.values[place[found]].to(out.dtype)
 
 
 class DeltaModule(nn.Module):

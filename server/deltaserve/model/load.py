@@ -10,45 +10,42 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
-from deltaserve.deltas.artifact import Artifact, term_shape
 from deltaserve.deltas.checkpoint import LM_HEAD, Checkpoint
-from deltaserve.errors import ArtifactMismatch, CheckpointError
+from deltaserve.deltas.resident import ServedTerm
+from deltaserve.errors import CheckpointError
 from deltaserve.model.attention import NAME, KvCache, make_attention
 from deltaserve.model.delta_layers import DeltaEmbedding, DeltaHead, DeltaLinear, DeltaModule
+from deltaserve.model.kernels import native_library, served_form, stored_dtype
+from deltaserve.model.native import NativeModel, native_fits
+from deltaserve.model.served import ServedModel
+from deltaserve.model.shape import check_exact
 from deltaserve.model.step import Step, StepContext
+from deltaserve_kernels.native.library import Library
+from deltaserve_kernels.terms import Term
 
 logger = logging.getLogger(__name__)
 _serial = itertools.count()
-# Rotary embeddings whose frequencies depend on the longest sequence of the batch: requests would disturb each other.
-BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-# What a model does to scores or logits beyond attention and head: served without it, it would answer wrongly.
-UNSUPPORTED = (
-    "attention_chunk_size",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-)
 
 
 @dataclass(frozen=True)
-class ServedModel:
-    """`decoder` gives hidden states, `head` logits; `linear` and `other` name what a delta may change."""
+class TransformersModel(ServedModel):
+    """Any decoder of transformers; `decoder` gives hidden states, `head` logits."""
 
     decoder: nn.Module
     head: DeltaHead
     context: StepContext
-    device: torch.device
-    dtype: torch.dtype
-    vocab_size: int
-    max_positions: int
-    num_layers: int
-    linear: frozenset[str]  # weights that take terms
-    other: frozenset[str]  # tensors that take overrides
+    library: Library | None  # native kernels for terms
+
+    @property
+    def runtime(self) -> dict[str, str]:
+        return {"decoder": "transformers", "kernels": self.library.instruction_set if self.library else "torch"}
+
+    @property
+    def num_paged_layers(self) -> int:
+        return self.context.cache.num_layers
 
     @torch.inference_mode()
     def forward(self, step: Step, ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
-        """ids, positions int64 [T] → logits float32 [R, vocabulary] of the rows `logit_rows` int64 [R]."""
         self.context.step = step
         try:
             output = self.decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
@@ -58,49 +55,49 @@ class ServedModel:
         finally:
             self.context.step = None
 
-    def check_servable(self, artifact: Artifact) -> None:
-        """Raises ArtifactMismatch listing what this model cannot apply."""
-        manifest = artifact.manifest
-        problems = [
-            f"{name}: no linear layer of this model ({'×'.join(map(str, layer.shape))})"
-            for name, layer in manifest.layers.items()
-            if name not in self.linear or len(layer.shape) != 2 or 0 in term_shape(layer)
-        ]
-        problems += [
-            f"{name}: no tensor that can be overridden" for name in manifest.overrides if name not in self.other
-        ]
-        if problems:
-            listed = "\n".join(f"  {problem}" for problem in problems)
-            raise ArtifactMismatch(f"{len(problems)} tensors cannot be served on this base:\n{listed}")
+    def serve(self, term: Term) -> ServedTerm:
+        return served_form(term, self.library)
 
 
 def load_model(
-    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | None, kv_slots: int
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    kv_slots: int,
+    block_size: int = 1,
+    kernels: str = "auto",
 ) -> ServedModel:
-    """Raises CheckpointError for what is no decoder-only model that can be served exactly."""
+    """`kernels`: auto, torch, or a native instruction set. Raises CheckpointError for what is no decoder-only model
+    that can be served exactly, BadRequest for kernels that cannot be had."""
+    dtype = dtype or stored_dtype(checkpoint)
+    library = native_library(kernels, device, dtype)
+    if library is not None and native_fits(checkpoint, block_size):
+        return NativeModel.load(checkpoint, library, kv_slots)
+    return _load_transformers(checkpoint, device, dtype, kv_slots, library)
+
+
+def _load_transformers(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, kv_slots: int, library: Library | None
+) -> TransformersModel:
     context = StepContext(KvCache(kv_slots))
     attention = f"{NAME}_{next(_serial)}"  # transformers' table of them is global, the cache is this model's
     AttentionInterface.register(attention, make_attention(context))
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory, dtype=dtype or "auto", attn_implementation=attention
+            checkpoint.directory, dtype=dtype, attn_implementation=attention
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"{checkpoint.directory}: does not load as a decoder-only model: {error}") from None
     nn.Module.requires_grad_(nn.Module.eval(nn.Module.to(model, device)), False)
     config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}  # or one a layer type
-    if dependent := kinds & BATCH_DEPENDENT_ROPE:
-        raise CheckpointError(f"{checkpoint.name}: rope type {dependent.pop()!r} makes requests depend on each other")
-    if changed := [name for name in UNSUPPORTED if getattr(config, name, None) not in (None, 1)]:
-        raise CheckpointError(f"{checkpoint.name}: config.json asks for {', '.join(changed)}, which is not served")
+    check_exact(checkpoint.name, config)
     tied = bool(config.tie_word_embeddings)
     linear, other = _replace_layers(model, context, tied)
     head = next(module for module in model.modules() if isinstance(module, DeltaHead))
     if tied:
         other = other | {LM_HEAD}
-    return ServedModel(
+    return TransformersModel(
         decoder=model.base_model,
         head=head,
         context=context,
@@ -111,6 +108,7 @@ def load_model(
         num_layers=int(config.num_hidden_layers),
         linear=frozenset(linear),
         other=frozenset(other),
+        library=library,
     )
 
 

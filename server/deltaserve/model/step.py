@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
 
 from deltaserve.deltas.resident import ResidentDelta
 from deltaserve.model.attention import AttentionBatch, KvCache
 from deltaserve_kernels.segments import Segment, Segments
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows [start, stop) are the last positions of a sequence of `length` tokens, whose KV lies in `blocks`."""
+
+    start: int
+    stop: int
+    length: int
+    blocks: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -18,7 +31,13 @@ class Step:
     segments: Segments  # of the rows
     head_segments: Segments  # of the rows whose logits are asked for
     deltas: Sequence[ResidentDelta | None]
-    attention: AttentionBatch
+    spans: Sequence[Span]  # one after the other, all rows
+    block_size: int
+    device: torch.device = torch.device("cpu")
+
+    @cached_property
+    def attention(self) -> AttentionBatch:
+        return AttentionBatch.of(self.spans, self.block_size, self.device)
 
     def delta(self, run: Segment) -> ResidentDelta:
         """The delta of a run. Raises LookupError for an empty slot: never the base model instead."""

@@ -1,0 +1,112 @@
+/* What a part reads instead of the layer's input: scaled, gathered or transformed activations, the result of a factor
+   before it, or a book's projections. Made once for a part and its rows, before the rows of the weights are shared out. */
+#include "terms.h"
+
+#include <math.h>
+
+static int padded(const Part *part) { return ROUND_UP(part->cols, 32) + 32; } /* patches read 32 past a block */
+
+/* Floats of a row's projections: [segments][tile][projected] */
+static size_t projections(const Part *part) {
+    return (size_t)part->segments * (size_t)part->tile * (size_t)projected(part);
+}
+
+size_t input_bytes(const Part *part, int rows) {
+    if (part->kind == BASE_SCALE || part->kind == VECTOR) return 0;
+    size_t each = part->kind == BOOK     ? projections(part) * sizeof(float)
+                  : part->kind == SPARSE ? (size_t)part->cols * sizeof(float)
+                                         : (size_t)padded(part) * sizeof(u16);
+    if (part->kind == SPARSE && rows >= MANY) rows = ROUND_UP(rows, LANES);
+    return ROUND_UP(each * (size_t)rows, 64);
+}
+
+static void multiply(const float *a, const float *b, int n, float *out) {
+    int i = 0;
+    for (; i + VW <= n; i += VW) vstore(out + i, vmul(vload(a + i), vload(b + i)));
+    for (; i < n; i++) out[i] = a[i] * b[i];
+}
+
+static void add_to(float *a, const float *b, int n) {
+    int i = 0;
+    for (; i + VW <= n; i += VW) vstore(a + i, vadd(vload(a + i), vload(b + i)));
+    for (; i < n; i++) a[i] += b[i];
+}
+
+static void project(const Part *part, const float *x, float *out) {
+    int size = part->size, each = MIN(size, projected(part));
+    float *whole = scratch(3, 2 * (size_t)size * sizeof *whole), *signed_ = whole + size;
+    for (int s = 0; s < part->segments; s++)
+        for (int r = 0; r < part->tile; r++) {
+            int length = MIN(part->length, part->cols - s * part->length), at = r * part->length;
+            memset(whole, 0, (size_t)size * sizeof *whole);
+            memcpy(whole + at, x + s * part->length, (size_t)length * sizeof *whole);
+            walsh_hadamard(whole, size);
+            for (int k = 0; k < part->transforms; k++, out += each) {
+                const float *sign = part->signs + (size_t)k * (size_t)size;
+                multiply(whole, sign, size, signed_);
+                for (int half = size / 2; half >= each; half /= 2) add_to(signed_, signed_ + half, half); /* the first rows of H */
+                walsh_hadamard(signed_, each);
+                memcpy(out, signed_, (size_t)each * sizeof *out);
+            }
+        }
+}
+
+/* The result of `before`, times its own scales, into bfloat16: it is small. */
+static void chain(const Part *part, const u16 *x, long ldx, int rows, u16 *out) {
+    const Part *before = part->before;
+    long width = padded(part);
+    void *input = scratch(4, input_bytes(before, rows));
+    make_input(before, x, ldx, rows, input);
+    float *sum = scratch(5, (size_t)rows * CHUNK * sizeof *sum);
+    for (int row = 0; row < before->rows; row += CHUNK) {
+        memset(sum, 0, (size_t)rows * CHUNK * sizeof *sum);
+        add_chunk(before, input, rows, row, sum);
+        for (int m = 0; m < rows; m++)
+            for (int j = 0; j < MIN(CHUNK, before->rows - row); j++) {
+                float value = sum[m * CHUNK + j] * (part->col ? part->col[row + j] : 1.0f);
+                out[m * width + row + j] = to_bf16(value);
+            }
+    }
+}
+
+static void read_line(const Part *part, const u16 *from, const float *scale, float *line) {
+    int i = 0, cols = part->cols;
+    if (part->columns && part->kind != PATCHES)
+        for (; i < cols; i++) line[i] = to_float(from[part->columns[i]]);
+    for (; i + VW <= cols; i += VW) vstore(line + i, vload_bf16(from + i));
+    for (; i < cols; i++) line[i] = to_float(from[i]);
+    if (!scale) return;
+    for (i = 0; i + VW <= cols; i += VW) vstore(line + i, vmul(vload(line + i), vload(scale + i)));
+    for (; i < cols; i++) line[i] *= scale[i];
+}
+
+static void write_line(const float *line, int cols, u16 *out) {
+    int i = 0;
+    for (; i + VW <= cols; i += VW) vstore_bf16(out + i, vload(line + i));
+    for (; i < cols; i++) out[i] = to_bf16(line[i]);
+}
+
+void make_input(const Part *part, const u16 *x, long ldx, int rows, void *out) {
+    long width = padded(part);
+    if (part->kind != BOOK && part->kind != SPARSE) memset(out, 0, (size_t)(rows * width) * sizeof(u16));
+    if (part->before && part->kind != SPARSE) {
+        chain(part, x, ldx, rows, out);
+        return;
+    }
+    u16 *chained = NULL;
+    if (part->before) {
+        chained = scratch(6, (size_t)(rows * width) * sizeof *chained);
+        chain(part, x, ldx, rows, chained);
+    }
+    float *line = scratch(2, (size_t)ROUND_UP(part->cols, 32) * sizeof *line); /* after `chain`, which makes an input too */
+    for (int m = 0; m < rows; m++) {
+        const u16 *from = chained ? chained + m * width : x + m * ldx;
+        read_line(part, from, part->col && !chained ? part->col : NULL, line);
+        if (part->t_in) transform(part->t_in, part->t_in_size, part->dct_in, part->dct_in_tail, 0, line, part->cols, 0, part->cols);
+        if (part->kind == BOOK) project(part, line, (float *)out + (size_t)m * projections(part));
+        else if (part->kind == SPARSE && rows < MANY) memcpy((float *)out + (size_t)m * (size_t)part->cols, line, (size_t)part->cols * sizeof *line);
+        else if (part->kind == SPARSE)
+            for (int i = 0; i < part->cols; i++) ((float *)out)[(long)i * ROUND_UP(rows, LANES) + m] = line[i];
+        else write_line(line, part->cols, (u16 *)out + m * width);
+    }
+}

@@ -1,0 +1,61 @@
+/* What a packed term is to these kernels. Mirrored field by field in parts.py. */
+#ifndef DELTASERVE_TERMS_H
+#define DELTASERVE_TERMS_H
+
+#include "common.h"
+
+typedef enum { BASE_SCALE, CODED, DENSE, SPARSE, BOOK, GRID, PATCHES, VECTOR } Kind;
+typedef enum { NO_TRANSFORM, HADAMARD, DCT } Transform;
+
+/* y[:, first : first + rows] += row ⊙ (T_out⁻¹ · term · T_in · (x[:, columns] ⊙ col)), or of `before`'s result instead of x.
+
+   BASE_SCALE  y[:, …] *= row, before anything is added;  VECTOR  y[:, …] += row
+   CODED       codes [rows/32][cols/32][2][16 pairs of columns] groups of 32; table bf16 [≥ 32];
+               group_scale [rows/32][groups][32] for each `group` columns, or none
+   DENSE       tiles bf16 [rows/32][cols/32][2][512], `stages` sets of them to be added up
+   SPARSE      codes [rows/16][survivors] groups of 16: place << value_bits | code; starts int32 [survivors]; values [≥ 16]
+   BOOK        codes [rows/tile/16][stages][segments] groups of 16; the seeded book; signs ±1 [transforms][size]; gains [stages]
+   GRID        codes [rows/16][segments] groups of 16; table bf16 [2^bits · length + 1]
+   PATCHES     codes [patches][length/16][length/2] groups of 32; row_scale of patch k: gains[k]; starts int32 [down + 1];
+               columns int32 [patches], block columns */
+typedef struct Part {
+    int32_t kind, first, rows, cols, bits, value_bits, group, length, tile, stages, segments, survivors, size, transforms;
+    int32_t is_signed, t_in, t_in_size, t_out, t_out_size, input; /* input: number in its list of the part whose input it shares, or its own */
+    float scale;
+    const u8 *codes;
+    const u16 *table;
+    const float *row, *col, *group_scale, *values, *signs, *gains, *dct_in, *dct_in_tail, *dct_out, *dct_out_tail;
+    const int32_t *starts, *columns;
+    const struct Part *before;
+} Part;
+
+typedef struct {
+    int32_t start, rows, parts, unused;
+    const Part *part;
+} Run;
+
+typedef struct {
+    int32_t rows, cols; /* of the weights, [out, in] */
+    const u16 *tiles;   /* [rows/32][cols/32][2][512] */
+    const float *bias;
+} Site;
+
+/* inputs.c. Of a sparse part: float [rows][cols], or from MANY rows on [cols][rows rounded up to 16] */
+enum { MANY = 4 };
+/* Projections on one row of a tile: as many as codes tell apart. */
+static inline int projected(const Part *part) {
+    int told = 1 << (part->bits - part->is_signed);
+    return part->transforms > 1 ? part->transforms * part->size : MIN(part->size, told);
+}
+
+size_t input_bytes(const Part *part, int rows);
+void make_input(const Part *part, const u16 *x, long ldx, int rows, void *out);
+
+/* chunks.c: sum[M, 64] of rows row … row + 63 of a part, scaled; `input` as made by make_input */
+void add_chunk(const Part *part, const void *input, int rows, int row, float *sum);
+
+/* transforms.c */
+void walsh_hadamard(float *x, int size);
+void transform(int kind, int size, const float *dct, const float *tail, int inverse, float *x, int n, int offset, int length);
+
+#endif

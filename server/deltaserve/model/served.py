@@ -1,0 +1,61 @@
+"""What the engine sees of a model, whichever code runs it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaserve.deltas.artifact import Artifact, term_shape
+from deltaserve.deltas.resident import ServedTerm
+from deltaserve.errors import ArtifactMismatch
+from deltaserve.model.step import Step
+from deltaserve_kernels.terms import Term
+
+
+@dataclass(frozen=True)
+class ServedModel(ABC):
+    """A base, its KV cache, and what a delta may change: `linear` and `other` name it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    max_positions: int
+    num_layers: int
+    linear: frozenset[str]  # weights that take terms
+    other: frozenset[str]  # tensors that take overrides
+
+    @property
+    @abstractmethod
+    def runtime(self) -> dict[str, str]:
+        """Which decoder and kernels run, for logs and /version."""
+
+    @property
+    @abstractmethod
+    def num_paged_layers(self) -> int:
+        """Layers that have written to the paged KV cache."""
+
+    @abstractmethod
+    def forward(self, step: Step, ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
+        """ids, positions int64 [T] → logits float32 [R, vocabulary] of the rows `logit_rows` int64 [R]."""
+
+    @abstractmethod
+    def serve(self, term: Term) -> ServedTerm:
+        """The form in which this model reads a term; made once, at load."""
+
+    def check_servable(self, artifact: Artifact) -> None:
+        """Raises ArtifactMismatch listing what this model cannot apply."""
+        manifest = artifact.manifest
+        problems = [
+            f"{name}: no linear layer of this model ({'×'.join(map(str, layer.shape))})"
+            for name, layer in manifest.layers.items()
+            if name not in self.linear or len(layer.shape) != 2 or 0 in term_shape(layer)
+        ]
+        problems += [
+            f"{name}: no tensor that can be overridden" for name in manifest.overrides if name not in self.other
+        ]
+        if problems:
+            listed = "\n".join(f"  {problem}" for problem in problems)
+            raise ArtifactMismatch(f"{len(problems)} tensors cannot be served on this base:\n{listed}")
