@@ -18,7 +18,7 @@ from deltaserve.engine.runner import Runner
 from deltaserve.engine.scheduler import Scheduler
 from deltaserve.engine.types import Request, SamplingParams
 from deltaserve.ids import DeltaDigest, RequestId, Slot
-from deltaserve.model import delta_layers
+from deltaserve.model import delta_layers, native
 from deltaserve.model.load import load_model
 
 import common
@@ -49,9 +49,9 @@ class _Silent:
 
 def profile_decode(base: Checkpoint, tenants: Sequence[str | None]) -> dict[str, float]:
     """Medians in ms over STEPS decode steps of len(tenants) sequences at a context of about 64 tokens."""
-    model = load_model(base, device=torch.device("cpu"), dtype=torch.bfloat16, kv_slots=4096)
+    model = load_model(base, device=torch.device("cpu"), dtype=torch.bfloat16, kv_slots=4096, block_size=BLOCK)
     names = sorted({name for name in tenants if name})
-    slots: list[ResidentDelta | None] = [ResidentDelta.load(common.artifact(name)) for name in names]
+    slots: list[ResidentDelta | None] = [ResidentDelta.load(common.artifact(name), model.serve) for name in names]
     runner = Runner(model, slots, BLOCK)
     scheduler = Scheduler(BlockPool(4096 // BLOCK, BLOCK), _Slots(names), max_num_seqs=64, max_num_batched_tokens=4096)
     for index, name in enumerate(tenants):
@@ -114,6 +114,9 @@ def _timed(spent: dict[str, float]) -> Iterator[None]:
     wrap(delta_layers.DeltaModule, "_with_tensors", "overrides")
     wrap(delta_layers.DeltaHead, "forward", "lm_head")
     wrap(torch.nn.functional, "scaled_dot_product_attention", "attention")
+    wrap(native.NativeModel, "_product", "linears, deltas among them")
+    wrap(native.NativeModel, "_attend", "rotary, attention")
+    wrap(native.NativeModel, "_logits", "lm_head")
     try:
         yield
     finally:

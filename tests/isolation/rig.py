@@ -14,7 +14,10 @@ from deltaserve.engine.runner import ChunkResult, Runner
 from deltaserve.engine.scheduler import Chunk, Scheduler
 from deltaserve.engine.types import Request, SamplingParams
 from deltaserve.ids import DeltaDigest, RequestId, Slot
-from deltaserve.model.load import ServedModel, load_model
+from deltaserve.model.load import TransformersModel, load_model
+from deltaserve.model.native import NativeModel
+from deltaserve.model.served import ServedModel
+from deltaserve_kernels.native.decoder import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +33,8 @@ _serial = itertools.count()
 
 
 def load(base: Path, kv_slots: int, dtype: torch.dtype = torch.float32) -> ServedModel:
-    return load_model(Checkpoint.open(base), device=CPU, dtype=dtype, kv_slots=kv_slots)
+    """In bfloat16 by the native decoder, where it runs the base."""
+    return load_model(Checkpoint.open(base), device=CPU, dtype=dtype, kv_slots=kv_slots, block_size=PAGE)
 
 
 class Mute:
@@ -96,14 +100,14 @@ class Rig:
         gate: DeltaGate,
         slots: Sequence[ResidentDelta | None],
         *,
-        block_size: int = 4,
+        block_size: int | None = None,
         num_blocks: int | None = None,
         max_num_seqs: int = 16,
         budget: int = 64,
     ) -> None:
-        cache = model.context.cache
+        block_size = block_size or (PAGE if isinstance(model, NativeModel) else 4)
         self.model = model
-        self.blocks = BlockPool(num_blocks or cache.num_slots // block_size, block_size)
+        self.blocks = BlockPool(num_blocks or model.kv_slots // block_size, block_size)
         self.scheduler = Scheduler(self.blocks, gate, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
         self.runner = RecordingRunner(model, slots, block_size)
         self.ready = threading.Event()  # set by residency: something was loaded
@@ -158,6 +162,11 @@ class Rig:
 
     @torch.inference_mode()
     def poison_cache(self) -> None:
-        for keys, values in self.model.context.cache._layers.values():
+        if isinstance(self.model, NativeModel):
+            layers = [(self.model.keys, self.model.values)]
+        else:
+            assert isinstance(self.model, TransformersModel)
+            layers = list(self.model.context.cache._layers.values())
+        for keys, values in layers:
             keys.fill_(torch.nan)
             values.fill_(torch.nan)

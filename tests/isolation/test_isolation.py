@@ -1,7 +1,7 @@
-"""A request alone ≡ the same request among other tenants, whatever happens to them.
+"""A request alone ≡ the same request among other tenants, whatever happens to them; by either decoder.
 
-Tolerance: logits of a float32 base agree to 1e-5 of the largest logit. The rest is the order of additions inside a
-matrix product, which depends on the number of rows. Greedy tokens are equal.
+Tolerance: native, none. Through torch, logits of a float32 base agree to 1e-5 of the largest logit. The rest is the
+order of additions inside a matrix product, which depends on the number of rows. Greedy tokens are equal.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from deltaserve.deltas.compress import compress
 from deltaserve.deltas.residency import Limits, Residency
 from deltaserve.deltas.store import DeltaStore, Record
 from deltaserve.errors import DeltaLoadFailed, ModelNotFound
+from deltaserve_kernels.native.library import available
+from deltaserve_kernels.native.parts import Part
 
 from .rig import CPU, Rig, load, make_request
 
@@ -29,8 +31,7 @@ if TYPE_CHECKING:
     from deltaserve.engine.types import Request
     from deltaserve.model.load import ServedModel
 
-TOLERANCE = 1e-5
-PROMPT = [5, 9, 200, 31, 77, 4, 4, 120]
+PROMPT = [5, 9, 200, 31, 77, 4, 4, 120, 250, 66, 13, 87, 5, 42]
 CODECS: dict[str, tuple[str, Budget, dict[str, Any]]] = {
     "sign": ("bitdelta", Budget(), {"scale": "row"}),
     "svd": ("delta-svd", Budget(rank=4), {}),
@@ -62,9 +63,13 @@ def artifacts(
     return found
 
 
-@pytest.fixture(scope="module")
-def model(tiny_base: Path) -> ServedModel:
-    return load(tiny_base, kv_slots=256)
+@pytest.fixture(scope="module", params=["transformers", "native"])
+def model(tiny_base: Path, request: pytest.FixtureRequest) -> ServedModel:
+    if request.param == "native" and not available():
+        pytest.skip("no native kernels here")
+    made = load(tiny_base, kv_slots=256, dtype=torch.bfloat16 if request.param == "native" else torch.float32)
+    assert made.runtime["decoder"] == request.param
+    return made
 
 
 class Town(Rig):
@@ -72,7 +77,11 @@ class Town(Rig):
 
     def __init__(self, model: ServedModel, root: Path, max_deltas: int = 4, host: int = 8, **options: Any) -> None:
         self.residency = Residency(
-            lambda digest: self.store.path(digest), CPU, Limits(max_deltas, host), on_ready=lambda: self.ready.set()
+            lambda digest: self.store.path(digest),
+            CPU,
+            Limits(max_deltas, host),
+            serve=model.serve,
+            on_ready=lambda: self.ready.set(),
         )
         self.store = DeltaStore(root, on_removed=lambda digest: self.residency.discard([digest]))
         super().__init__(model, self.residency, self.residency.slots, **options)
@@ -127,7 +136,10 @@ def check(town: Rig, request: Request, expected: tuple[list[int], torch.Tensor])
     assert town.answer(request) == tokens
     found = town.logits(request)
     assert found.shape == logits.shape
-    assert float((found - logits).abs().max()) <= TOLERANCE * float(logits.abs().max())
+    if town.model.runtime["decoder"] == "native":
+        assert torch.equal(found, logits)
+    else:
+        assert float((found - logits).abs().max()) <= 1e-5 * float(logits.abs().max())
 
 
 @pytest.mark.parametrize("budget", [5, 24, 256])
@@ -232,16 +244,22 @@ def test_a_slot_that_is_used_again_holds_nothing_of_its_former_tenant(make_town:
 
     def addresses(delta: Any) -> set[int]:
         tensors = [override.values for override in delta.overrides.values()]
-        parts = [part for layer in delta.layers.values() for term in layer.terms for part in _coded(term)]
-        return {tensor.data_ptr() for tensor in [*tensors, *(t for part in parts for t in part.tensors().values())]}
+        tensors += [tensor for layer in delta.layers.values() for term in layer.terms for tensor in _tensors(term)]
+        return {tensor.data_ptr() for tensor in tensors}
 
     assert held is not former
     assert addresses(held).isdisjoint(addresses(former))
     assert held.overrides.keys().isdisjoint({"model.embed_tokens.weight"})
 
 
-def _coded(term: Any) -> list[Any]:
-    return [term.left, term.right] if hasattr(term, "left") else [term]
+def _tensors(term: Any) -> list[torch.Tensor]:
+    if isinstance(term, Part):
+        return [*term.tensors.values(), *(_tensors(term.before) if term.before else ())]
+    return [
+        tensor
+        for part in ([term.left, term.right] if hasattr(term, "left") else [term])
+        for tensor in part.tensors().values()
+    ]
 
 
 def test_a_former_tenant_with_poisoned_weights_does_not_reach_the_next_one(

@@ -158,9 +158,7 @@ def advance(
         text.logits += logits[span.start : span.stop].clone()
 
 
-def decode(
-    model: ServedModel, texts: Sequence[Text], count: int, deltas: Sequence[ResidentDelta | None] = ()
-) -> None:
+def decode(model: ServedModel, texts: Sequence[Text], count: int, deltas: Sequence[ResidentDelta | None] = ()) -> None:
     """`count` greedy tokens more for each text, all of them in the same steps; then their logits as well."""
     for _ in range(count):
         advance(model, [(text, len(text.tokens) - len(text.logits)) for text in texts], deltas)

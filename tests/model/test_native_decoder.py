@@ -1,7 +1,7 @@
-"""The native decoder answers as transformers does on the same bfloat16 weights in float32, up to bfloat16's rounding; and
+"""The native decoder answers as transformers does on the same bfloat16 weights in float32, up to bfloat16's rounding;
 what it does not run is served by the other decoder, which says so.
 
-Tolerance: relative RMS of all logits of a prompt and ten greedy tokens, 3e-2, and 1.5 times that of transformers in
+Tolerance: relative RMS of all logits of a prompt and ten greedy tokens, 2e-2, and no more than that of transformers in
 bfloat16. A greedy token is the reference's where its logit leads by more than the largest error of a logit, twice.
 """
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["kernels"]
 
-TOLERANCE, NO_WORSE = 3e-2, 1.5
+TOLERANCE = 2e-2
 PROMPTS = [[5, 9, 200, 31, 77, 4, 4, 120, 250, 66, 13, 87, 5, 300, 8, 91, 42, 17, 3], [8], [3, 90, 51, 7, 7, 42]]
 
 
@@ -52,7 +52,7 @@ def check(model: ServedModel, base: Path) -> None:
         assert found.shape == wanted.shape == (len(prompt) + 10, SMALL["vocab_size"])
         error = relative_rms(found, wanted)
         assert error <= TOLERANCE
-        assert error <= NO_WORSE * relative_rms(reference(base, text.tokens, torch.bfloat16), wanted)
+        assert error <= relative_rms(reference(base, text.tokens, torch.bfloat16), wanted)
         best = wanted.topk(2).values
         clear = best[:, 0] - best[:, 1] > 2 * (found - wanted).abs().max()
         assert clear.any()

@@ -87,6 +87,17 @@ class PackedSite:
             self._address, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), x.shape[0], runs, count
         )
 
+    def product(self, library: Library, x: Tensor, first: int, rows: int) -> Tensor:
+        """x bfloat16 [T, cols] → x·Wᵀ of rows [first, first + rows), `first` a multiple of 32; float32 [T, rows]."""
+        assert self.tiles is not None and first % 32 == 0
+        own = _CSite(rows, self.cols, self.tiles[first // 32].data_ptr(), None)
+        padded = F.pad(x, (0, -self.cols % 32)).contiguous()
+        y = torch.empty(len(x), -(-rows // 32) * 32)
+        library.functions.ds_site(
+            ctypes.addressof(own), padded.data_ptr(), padded.stride(0), y.data_ptr(), y.stride(0), len(x), None, 0
+        )
+        return y[:, :rows]
+
 
 def runs_of(lists: Sequence[tuple[int, int, PartList]]) -> ctypes.Array[CRun]:
     """(start, rows, parts) of each run."""

@@ -106,6 +106,7 @@ def _load_transformers(
         vocab_size=head.weight.shape[0],
         max_positions=int(getattr(config, "max_position_embeddings", 2048)),
         num_layers=int(config.num_hidden_layers),
+        kv_slots=kv_slots,
         linear=frozenset(linear),
         other=frozenset(other),
         library=library,

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from deltaserve.deltas.artifact import Override
 from deltaserve.deltas.checkpoint import LM_HEAD, Checkpoint
 from deltaserve.deltas.resident import ResidentDelta, ServedTerm
-from deltaserve.model.delta_layers import head_override_name, override_logits, replace_embeddings, widest_vocabulary
+from deltaserve.model.delta_layers import head_override_name, replace_embeddings, widest_vocabulary
 from deltaserve.model.kernels import served_form
 from deltaserve.model.native_delta import NativeDelta
 from deltaserve.model.native_step import Runs, State
@@ -30,6 +31,8 @@ from deltaserve.model.step import Step
 from deltaserve_kernels.native.decoder import PAGE, add_norm, embed
 from deltaserve_kernels.native.library import Library
 from deltaserve_kernels.terms import Term
+
+SLICE = 256  # rows that go through all layers together: what they write stays in the second-level cache
 
 
 def native_fits(checkpoint: Checkpoint, block_size: int) -> bool:
@@ -70,6 +73,7 @@ class NativeModel(ServedModel):
             vocab_size=shape.vocabulary,
             max_positions=shape.positions,
             num_layers=shape.layers,
+            kv_slots=kv_slots,
             linear=frozenset(linear.weight for linear in linears),
             other=frozenset(other),
             library=library,
@@ -92,13 +96,19 @@ class NativeModel(ServedModel):
 
     @torch.inference_mode()
     def forward(self, step: Step, ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
+        parts = [self._hidden(step.cut(at, at + SLICE), ids[at:], positions[at:]) for at in range(0, len(ids), SLICE)]
+        return self._logits(step, (parts[0] if len(parts) == 1 else torch.cat(parts))[logit_rows])
+
+    def _hidden(self, step: Step, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids and positions of the step's rows, and more → bfloat16 [rows, hidden padded], normalised."""
+        ids, positions = ids[: step.num_rows], positions[: step.num_rows]
         state = State.of(self, step, positions)
         self._embed(step, ids, state.h)
         y: Tensor | None = None
         for layer in range(self.num_layers):
             y = self._layer(layer, state, y)
         add_norm(self.library, state.h, y, state.x, self.shape.norm_eps, state.norm_runs, 2 * self.num_layers)
-        return self._logits(step, state.x[logit_rows])
+        return state.x.clone()
 
     def _layer(self, layer: int, state: State, y: Tensor | None) -> Tensor:
         """→ what is to be added to h."""
@@ -106,6 +116,17 @@ class NativeModel(ServedModel):
         qkv, out, gate_up, down = self.weights.groups[4 * layer : 4 * layer + 4]
         add_norm(self.library, state.h, y, state.x, shape.norm_eps, state.norm_runs, 2 * layer)
         self._product(qkv, state, state.x, state.wide)
+        self._attend(layer, state)
+        self._product(out, state, state.attended, state.y)
+        add_norm(self.library, state.h, state.y, state.x, shape.norm_eps, state.norm_runs, 2 * layer + 1)
+        self._product(gate_up, state, state.x, state.wide)
+        functions.ds_silu_mul(ctypes.addressof(state.gated))
+        self._product(down, state, state.activated, state.y)
+        return state.y
+
+    def _attend(self, layer: int, state: State) -> None:
+        """Queries, keys and values of `wide`, rotated; keys and values into the cache; their attention."""
+        shape, functions = self.shape, self.library.functions
         state.rotary.k = state.attention.k = self.keys.data_ptr() + layer * self.keys.stride(0) * 2
         state.rotary.v = state.attention.v = self.values.data_ptr() + layer * self.values.stride(0) * 2
         if shape.head_norms:
@@ -114,12 +135,6 @@ class NativeModel(ServedModel):
         functions.ds_rotary(ctypes.addressof(state.rotary))
         state.attention.window = shape.windows[layer]
         functions.ds_attention(ctypes.addressof(state.attention))
-        self._product(out, state, state.attended, state.y)
-        add_norm(self.library, state.h, state.y, state.x, shape.norm_eps, state.norm_runs, 2 * layer + 1)
-        self._product(gate_up, state, state.x, state.wide)
-        functions.ds_silu_mul(ctypes.addressof(state.gated))
-        self._product(down, state, state.activated, state.y)
-        return state.y
 
     def _product(self, group: Group, state: State, x: Tensor, y: Tensor) -> None:
         for number, site, first in group.sites:
@@ -127,25 +142,19 @@ class NativeModel(ServedModel):
             site.run(self.library, x, own, state.runs_at(number), state.num_runs)
             for delta, start, stop in state.slow_at(number):
                 for slow in delta.slow[number]:
-                    slow.add(x[start:stop, : site.cols], own[start:stop], site)
+                    slow.add(self.library, x[start:stop, : site.cols], own[start:stop], site)
 
     def _embed(self, step: Step, ids: Tensor, h: Tensor) -> None:
-        embed(
-            self.library, ids.clamp(max=self.vocab_size - 1), self.weights.embedding, h
-        )  # an added token is in its delta alone
+        known = ids.clamp(max=self.vocab_size - 1)  # an added token is in its delta alone
+        embed(self.library, known, self.weights.embedding, h)
         for run in step.segments.runs:
-            replace_embeddings(
-                ids[run.start : run.stop], h[run.start : run.stop], step.delta(run).overrides.get(EMBEDDING)
-            )
+            override = step.delta(run).overrides.get(EMBEDDING)
+            replace_embeddings(ids[run.start : run.stop], h[run.start : run.stop], override)
 
     def _logits(self, step: Step, x: Tensor) -> Tensor:
         """x bfloat16 [R, hidden] → float32 [R, largest vocabulary]"""
         ((number, site, _),) = self.weights.groups[-1].sites
-        deltas = [(run, step.delta(run)) for run in step.head_segments.runs]
-        found = [
-            (run, delta.overrides.get(head_override_name(delta, self.shape.tied, EMBEDDING, LM_HEAD)))
-            for run, delta in deltas
-        ]
+        found = [(run, self._head_override(step.delta(run))) for run in step.head_segments.runs]
         width = widest_vocabulary(self.vocab_size, [override for _, override in found])
         padded = max(self.weights.groups[-1].width, width)
         y = self.buffer("logits", len(x), padded, torch.float32)
@@ -155,11 +164,17 @@ class NativeModel(ServedModel):
         y[:, self.vocab_size : self.weights.groups[-1].width] = -torch.inf
         for own, start, stop in runs.slow(number):
             for slow in own.slow[number]:
-                slow.add(x[start:stop, : site.cols], y[start:stop], site)
+                slow.add(self.library, x[start:stop, : site.cols], y[start:stop], site)
         for run, override in found:
-            if override is not None:
-                override_logits(x[run.start : run.stop, : site.cols], y[run.start : run.stop], override, None)
+            head = self.delta(step.delta(run)).head
+            if override is not None and head is not None:
+                rows = slice(head.rows) if override.rows is None else override.rows
+                taken = x[run.start : run.stop, : site.cols]
+                y[run.start : run.stop, rows] = head.product(self.library, taken, 0, head.rows)
         return y[:, :width]
+
+    def _head_override(self, delta: ResidentDelta) -> Override | None:
+        return delta.overrides.get(head_override_name(delta, self.shape.tied, EMBEDDING, LM_HEAD))
 
     def buffer(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """[rows, width] of a buffer that the steps share, what is written in one gone in the next; zeros at first."""
@@ -171,5 +186,7 @@ class NativeModel(ServedModel):
     def delta(self, delta: ResidentDelta) -> NativeDelta:
         """As the kernels read it; made at its first step."""
         if (own := self._deltas.get(delta)) is None:
-            own = self._deltas[delta] = NativeDelta(delta, self.weights.linears, self.weights.norms)
+            own = self._deltas[delta] = NativeDelta(
+                delta, self.weights.linears, self.weights.norms, self._head_override(delta)
+            )
         return own

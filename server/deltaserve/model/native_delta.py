@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltaserve.deltas.artifact import Override
 from deltaserve.deltas.resident import ResidentDelta, ResidentLayer
 from deltaserve_kernels.apply import apply_term
+from deltaserve_kernels.native.library import Library
 from deltaserve_kernels.native.parts import Part, base_scale, vector
 from deltaserve_kernels.native.site import PackedSite, PartList
 from deltaserve_kernels.terms import Term
@@ -36,12 +38,12 @@ class Slow:
     layer: ResidentLayer
     terms: tuple[Term, ...]
 
-    def add(self, x: Tensor, y: Tensor, site: PackedSite) -> None:
+    def add(self, library: Library, x: Tensor, y: Tensor, site: PackedSite) -> None:
         """x bfloat16 [T, in], y float32 [T, out] of the site's rows of one run; changes y."""
         first, rows = self.linear.first, self.linear.rows
         own, factors, x = y[:, first : first + rows], self.layer.factors, x.float()
         if factors.cols is not None:
-            changed = (x * (factors.cols.float() - 1)) @ site.weight()[first : first + rows].float().T
+            changed = site.product(library, (x * (factors.cols.float() - 1)).bfloat16(), first, rows)
             scale = 1 + self.layer.base_shift
             own += scale * changed if factors.rows is None else scale * changed * factors.rows.float()
         for term in self.terms:
@@ -49,9 +51,18 @@ class Slow:
 
 
 class NativeDelta:
-    """`counts` and `addresses` int64 [sites]: the parts at each; `norms`: addresses of all norm weights."""
+    """`counts`, `addresses` int64 [sites]: the parts at each; `norms`: addresses of all norm weights; `head`: what its
+    override of the head holds."""
 
-    def __init__(self, delta: ResidentDelta, sites: Sequence[Sequence[Linear]], norms: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        delta: ResidentDelta,
+        sites: Sequence[Sequence[Linear]],
+        norms: Mapping[str, Tensor],
+        head: Override | None,
+    ) -> None:
+        values = None if head is None or not len(head.values) else head.values
+        self.head = None if values is None else PackedSite(len(values), values.shape[1], values)
         self.slow: dict[int, list[Slow]] = {}
         self._lists: list[PartList | None] = []
         for number, linears in enumerate(sites):

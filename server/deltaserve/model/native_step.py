@@ -108,8 +108,8 @@ class State:
         rotary = CRotary(
             y=wide.data_ptr(), cos_sin=model.weights.cos_sin.data_ptr(), positions=at.data_ptr(),
             slots=slots.ctypes.data, q=queried.data_ptr(), ldy=wide.stride(0), rows=rows, heads=shape.heads,
-            kv_heads=shape.kv_heads, size=shape.head_size, runs=len(norm_runs), q_norm=-1, k_norm=-1, eps=shape.norm_eps,
-            run=ctypes.addressof(norm_runs),
+            kv_heads=shape.kv_heads, size=shape.head_size, runs=len(norm_runs), q_norm=-1, k_norm=-1,
+            eps=shape.norm_eps, run=ctypes.addressof(norm_runs),
         )  # fmt: skip
         attention = CAttention(
             q=queried.data_ptr(), pages=pages.ctypes.data, sequences=sequences.ctypes.data, lengths=lengths.ctypes.data,

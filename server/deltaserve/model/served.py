@@ -24,6 +24,7 @@ class ServedModel(ABC):
     vocab_size: int
     max_positions: int
     num_layers: int
+    kv_slots: int  # positions that the KV cache holds
     linear: frozenset[str]  # weights that take terms
     other: frozenset[str]  # tensors that take overrides
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -38,6 +38,22 @@ class Step:
     @cached_property
     def attention(self) -> AttentionBatch:
         return AttentionBatch.of(self.spans, self.block_size, self.device)
+
+    def cut(self, start: int, stop: int) -> Step:
+        """Its rows [start, stop) as a step of their own, without logits; rows of a sequence come in order."""
+        stop = min(stop, self.num_rows)
+        if start == 0 and stop == self.num_rows:
+            return self
+        runs = (
+            replace(r, start=max(r.start, start) - start, stop=min(r.stop, stop) - start) for r in self.segments.runs
+        )
+        spans = [
+            Span(max(s.start, start) - start, min(s.stop, stop) - start, s.length - max(s.stop - stop, 0), s.blocks)
+            for s in self.spans
+            if s.start < stop and s.stop > start
+        ]
+        segments = Segments(tuple(run for run in runs if run.start < run.stop))
+        return replace(self, num_rows=stop - start, segments=segments, head_segments=Segments(), spans=spans)
 
     def delta(self, run: Segment) -> ResidentDelta:
         """The delta of a run. Raises LookupError for an empty slot: never the base model instead."""
