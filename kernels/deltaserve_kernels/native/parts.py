@@ -20,7 +20,7 @@ from deltaserve_kernels.terms.books import seeded_signs, seeded_size
 from deltaserve_kernels.terms.rotated import block_matrix
 
 LARGEST_BLOCK = {"in": 1024, "out": 64}  # of a transform
-BOUND_PROJECTION = 2**22  # floats a row and book
+BOUND_PROJECTION = 2**18  # floats for a row of activations and a book: 256 rows at once
 
 
 class Kind(IntEnum):

@@ -75,11 +75,6 @@ class PackedSite:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (self.tiles, self._bias) if tensor is not None)
 
-    def weight(self) -> Tensor:
-        """bfloat16 [rows, cols], unpacked."""
-        assert self.tiles is not None
-        return packing.untile(self.tiles, self.rows, self.cols)
-
     def run(self, library: Library, x: Tensor, y: Tensor, runs: ctypes.Array[CRun] | int, count: int) -> None:
         """x bfloat16 [T, ≥ cols rounded up to 32], zero past cols; y float32 [T, ≥ rows rounded up to 32], changed.
         `runs` do not overlap."""

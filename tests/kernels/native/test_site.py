@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltaserve_kernels.native import packing
 from deltaserve_kernels.native.library import Library
 from deltaserve_kernels.native.parts import Part, base_scale, part_of, vector
 from deltaserve_kernels.native.site import PackedSite, PartList, apply_part, runs_of
@@ -175,7 +176,8 @@ def test_a_scale_of_the_bases_rows_comes_before_what_is_added(library: Library) 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 37), (37, 1), (64, 96), (33, 65)], ids=str)
 def test_weights_of_any_shape_come_back_and_are_served(library: Library, shape: tuple[int, int]) -> None:
     site, x = PackedSite(*shape, weight(*shape)), activations(17, shape[1])
-    assert torch.equal(site.weight(), weight(*shape))
+    assert site.tiles is not None
+    assert torch.equal(packing.untile(site.tiles, *shape), weight(*shape))
     assert site.nbytes == whole(shape[0]) * whole(shape[1]) * 2
     y = served(library, site, x, [], [])
     assert relative_rms(y, x.double() @ weight(*shape).double().T) < NATIVE_RELATIVE_RMS["exact"]
