@@ -10,14 +10,13 @@ and tenants. A block is a segment of a row, or several whole rows below one code
 - bits by layer ∝ √(curvature · mean Δ²), within `spread` of the mean (`plan`);
 - boosts, from H = E[xᵀx] of the layer's input: columns that carry large activations get less noise, ∝ h^(−boost/4);
 - equal rows: a level of 4 bits for each from `LEVELS_FROM` bits/parameter on, below it a Hadamard over the rows: free;
-- blocks are whole rows, up to `MAX_STAGES` codes each: what dominates a row gets them, and one projection serves all.
+- a stage for each `STAGE_BITS` bits/parameter.
 
     bits/parameter = stages · code_bits / (entries of a block) + 4 / cols for levels + 16 / rows for each boosted column
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -33,7 +32,8 @@ from deltaserve_kernels import layout
 from deltaserve_kernels.terms import Book, Codebook, Rotated, Rotation, Term
 from deltaserve_kernels.terms.codebook import LEVEL_BITS, LEVELS_PER_OCTAVE
 
-MAX_ENTRIES, MAX_TILE, MAX_STAGES = 2**13, 2**10, 32  # of a block
+MAX_ENTRIES, MAX_TILE = 2**13, 2**10  # of a block
+STAGE_BITS, MAX_STAGES = 0.0625, 32
 CHUNK = 2**12  # blocks compared with the table at once
 LEVELS_FROM = 0.04  # bits
 LEAST_BITS, MOST_BITS = 0.001, 4.0
@@ -91,12 +91,12 @@ class SeededVq:
 
     def block(self, rows: int, cols: int) -> tuple[int, int, int]:
         """(rows of a block, its columns, stages) whose bits are nearest to `bits`."""
-        bits = max(self.bits - (LEVEL_BITS / cols if self.bits >= LEVELS_FROM else 0), 1e-3)
-        whole = self.code_bits / bits / cols  # rows that share a code of a whole row's length
-        if whole >= 1.4:
-            return min(rows, MAX_TILE, max(1, MAX_ENTRIES // cols), round(whole)), cols, 1
-        length = -(-cols // math.ceil(1 / whole / MAX_STAGES))
-        return 1, length, min(max(1, round(length / (whole * cols))), MAX_STAGES)
+        bits = self.bits - (LEVEL_BITS / cols if self.bits >= LEVELS_FROM else 0)
+        stages = min(max(1, round(bits / STAGE_BITS)), MAX_STAGES)
+        entries = stages * self.code_bits / max(bits, 1e-3)
+        if entries < 1.4 * cols:
+            return 1, -(-cols // max(1, round(cols / entries))), stages
+        return min(rows, MAX_TILE, max(1, MAX_ENTRIES // cols), round(entries / cols)), cols, stages
 
     def encode(self, delta: Tensor, site: Site) -> list[Term]:
         rows, cols = delta.shape
