@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.model.attention import Span
 from deltaserve.model.load import load_model
 from deltaserve.model.native import NativeModel
-from deltaserve.model.step import Span, Step
+from deltaserve.model.step import Step
 from deltaserve_kernels.native.library import NEEDS, available
 from deltaserve_kernels.segments import Segments
 

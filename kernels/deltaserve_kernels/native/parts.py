@@ -134,6 +134,11 @@ def _floats(tensor: Tensor) -> Tensor:
     return tensor.detach().float().flatten().contiguous().clone()
 
 
+def _at_least(length: int, table: Tensor) -> Tensor:
+    """Padded with zeros that no code stands for."""
+    return F.pad(table, (0, max(0, length - len(table))))
+
+
 def _row(part: Part, scale: Tensor | None) -> Part:
     """With scales of rows, [] or [rows, 1]."""
     if scale is None:
@@ -159,9 +164,10 @@ def _coded(term: Coded) -> Part | None:
     if term.bits > 8 or (term.group is not None and term.group % 2):
         return None
     codes = layout.unpack(term.codes, term.bits, term.cols)
-    table = _levels(term)
-    table = F.pad(table, (0, max(0, 32 - len(table)))).bfloat16()
-    tensors = {"codes": packing.lanes(packing.tiles(codes), term.bits), "table": table}
+    tensors = {
+        "codes": packing.lanes(packing.tiles(codes), term.bits),
+        "table": _at_least(32, _levels(term)).bfloat16(),
+    }
     numbers = {"bits": term.bits}
     row = term.row
     if term.group is not None and row is not None and row.dim() == 2 and row.shape[1] > 1:
@@ -193,11 +199,10 @@ def _sparse(term: Coded) -> Part | None:
     starts = term.mask.group_of(term.cols) * term.mask.group
     entries = (columns - starts) << term.bits | layout.unpack(term.codes, term.bits, term.num_codes).long()
     bits = place_bits + term.bits
-    values = _levels(term)
     tensors = {
         "codes": packing.lanes(packing.by_sixteen(entries), bits),
         "starts": starts.int(),
-        "values": F.pad(values, (0, max(0, 16 - len(values)))),
+        "values": _at_least(16, _levels(term)),
     }
     numbers = {"bits": bits, "value_bits": term.bits, "survivors": term.num_codes}
     return _column(_row(Part(Kind.SPARSE, term.rows, term.cols, numbers, tensors), term.row), term.col)
@@ -236,10 +241,7 @@ def _grid(term: Codebook) -> Part | None:
     table = term.table().flatten().bfloat16()
     codes = layout.unpack(term.codes, term.bits, term.rows * term.segments).view(term.rows, term.segments)
     if term.length == 1 and term.bits <= 8:  # a table of numbers
-        tensors = {
-            "codes": packing.lanes(packing.tiles(codes), term.bits),
-            "table": F.pad(table, (0, max(0, 32 - len(table)))),
-        }
+        tensors = {"codes": packing.lanes(packing.tiles(codes), term.bits), "table": _at_least(32, table)}
         part = Part(Kind.CODED, term.rows, term.cols, {"bits": term.bits}, tensors)
     else:
         tensors = {"codes": packing.lanes(packing.by_sixteen(codes), term.bits), "table": F.pad(table, (0, 2))}
@@ -258,7 +260,7 @@ def _patches(term: Patches) -> Part | None:
     counts = torch.bincount(places // across, minlength=down)
     tensors = {
         "codes": packing.lanes(codes.permute(0, 1, 3, 2, 4).flatten(-2), term.bits),
-        "table": F.pad(table, (0, max(0, 32 - len(table)))).bfloat16(),
+        "table": _at_least(32, table).bfloat16(),
         "gains": _floats(term.scale),
         "columns": (places % across).int(),
         "starts": F.pad(counts.cumsum(0), (1, 0)).int(),
@@ -278,9 +280,8 @@ def _rotated(term: Rotated) -> Part | None:
     inner = part_of(term.term)
     if inner is None or inner.before is not None:
         return None
-    before_x = (
-        {"col"} if inner.kind == Kind.PATCHES else {"col", "columns"}
-    )  # what comes before T_in here, after it there
+    # What a part does to x before T_in, and the term after it.
+    before_x = {"col"} if inner.kind == Kind.PATCHES else {"col", "columns"}
     if term.t_in is not None and before_x & inner.tensors.keys():
         return None
     numbers, tensors = dict(inner.numbers), dict(inner.tensors)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from deltaserve_kernels.hadamard import walsh_matrix
 from deltaserve_kernels.terms.packed import Packed
 
 if TYPE_CHECKING:
@@ -57,9 +58,7 @@ class Rotation:
 def block_matrix(kind: str, size: int, dtype: torch.dtype, device: str) -> Tensor:
     """T, orthonormal [size, size]: row k is the k-th basis vector."""
     if kind == "hadamard":
-        matrix = torch.ones(1, 1, dtype=torch.float64)
-        while len(matrix) < size:
-            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+        matrix = walsh_matrix(torch.arange(size), size).double()
         return (matrix / math.sqrt(size)).to(device=device, dtype=dtype)
     k, j = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)
     matrix = torch.cos(math.pi * (2 * j + 1) * k / (2 * size)) * math.sqrt(2 / size)

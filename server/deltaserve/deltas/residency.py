@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from deltaserve.deltas.artifact import Artifact
-from deltaserve.deltas.resident import ResidentDelta, Serve
+from deltaserve.deltas.resident import ResidentDelta, Serve, for_torch
 from deltaserve.errors import DeltaLoadFailed
 from deltaserve.ids import DeltaDigest, Slot
 
@@ -45,7 +45,7 @@ class Residency:
         device: torch.device,
         limits: Limits,
         *,
-        serve: Serve | None = None,
+        serve: Serve = for_torch,
         on_ready: Callable[[], None],
         on_loaded: Callable[[float], None] = lambda seconds: None,
     ) -> None:
@@ -168,8 +168,7 @@ class Residency:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest:
             raise DeltaLoadFailed(f"the stored delta {digest[:12]} is damaged: its bytes have the digest {found[:12]}")
-        artifact = Artifact.open(path)
-        return ResidentDelta.load(artifact, self._serve) if self._serve else ResidentDelta.load(artifact)
+        return ResidentDelta.load(Artifact.open(path), self._serve)
 
     def _try_free_slot(self, num_bytes: int) -> Slot | None:
         """An empty slot, after evicting what must go for the count and the bytes; None, and nothing evicted, if that

@@ -17,7 +17,7 @@ ServedTerm: TypeAlias = Term | Part  # packed for torch, or for the native kerne
 Serve: TypeAlias = Callable[[Term], ServedTerm]
 
 
-def _for_torch(term: Term) -> ServedTerm:
+def for_torch(term: Term) -> ServedTerm:
     return term.serving()
 
 
@@ -50,7 +50,7 @@ class ResidentDelta:
     unties_head: bool = False  # the fine-tune has a head of its own where the base shares the embedding
 
     @classmethod
-    def load(cls, artifact: Artifact, serve: Serve = _for_torch) -> ResidentDelta:
+    def load(cls, artifact: Artifact, serve: Serve = for_torch) -> ResidentDelta:
         """On the host, in memory of its own: the file may go. `artifact` is validated; `serve` forms its terms."""
         manifest = artifact.manifest
         layers = {

@@ -11,8 +11,9 @@ from deltaserve.deltas.resident import ResidentDelta
 from deltaserve.engine.sampling import Generators, Sampled, sample, token_logprobs
 from deltaserve.engine.scheduler import Chunk
 from deltaserve.engine.types import Request, TokenLogprob
+from deltaserve.model.attention import Span
 from deltaserve.model.served import ServedModel
-from deltaserve.model.step import Span, Step
+from deltaserve.model.step import Step
 from deltaserve_kernels.segments import Segments
 
 

@@ -19,17 +19,14 @@ from torch import Tensor, nn
 NAME = "deltaserve_paged"
 
 
-class _Span(Protocol):
-    """step.Span"""
+@dataclass(frozen=True)
+class Span:
+    """Rows [start, stop) are the last positions of a sequence of `length` tokens, whose KV lies in `blocks`."""
 
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
-    @property
-    def length(self) -> int: ...
-    @property
-    def blocks(self) -> Sequence[int]: ...
+    start: int
+    stop: int
+    length: int
+    blocks: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class AttentionBatch:
     masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)  # of this step, shared by the layers
 
     @classmethod
-    def of(cls, spans: Sequence[_Span], block_size: int, device: torch.device) -> AttentionBatch:
+    def of(cls, spans: Sequence[Span], block_size: int, device: torch.device) -> AttentionBatch:
         write: list[int] = []
         decode_rows: list[int] = []
         contexts: list[list[int]] = []

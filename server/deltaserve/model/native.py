@@ -30,6 +30,7 @@ from deltaserve.model.shape import LlamaShape, check_exact
 from deltaserve.model.step import Step
 from deltaserve_kernels.native.decoder import PAGE, add_norm, embed
 from deltaserve_kernels.native.library import Library
+from deltaserve_kernels.native.site import PackedSite
 from deltaserve_kernels.terms import Term
 
 SLICE = 256  # rows that go through all layers together: what they write stays in the second-level cache
@@ -138,11 +139,13 @@ class NativeModel(ServedModel):
 
     def _product(self, group: Group, state: State, x: Tensor, y: Tensor) -> None:
         for number, site, first in group.sites:
-            own = y[:, first:] if first else y
-            site.run(self.library, x, own, state.runs_at(number), state.num_runs)
-            for delta, start, stop in state.slow_at(number):
-                for slow in delta.slow[number]:
-                    slow.add(self.library, x[start:stop, : site.cols], own[start:stop], site)
+            self._site(number, site, state.runs, x, y[:, first:] if first else y)
+
+    def _site(self, number: int, site: PackedSite, runs: Runs, x: Tensor, y: Tensor) -> None:
+        site.run(self.library, x, y, runs.at(number), runs.count)
+        for delta, start, stop in runs.slow(number):
+            for slow in delta.slow[number]:
+                slow.add(self.library, x[start:stop, : site.cols], y[start:stop], site)
 
     def _embed(self, step: Step, ids: Tensor, h: Tensor) -> None:
         known = ids.clamp(max=self.vocab_size - 1)  # an added token is in its delta alone
@@ -159,12 +162,8 @@ class NativeModel(ServedModel):
         padded = max(self.weights.groups[-1].width, width)
         y = self.buffer("logits", len(x), padded, torch.float32)
         y[:, self.vocab_size :] = -torch.inf
-        runs = Runs(self, step.head_segments, step)
-        site.run(self.library, x, y, runs.at(number), runs.count)
+        self._site(number, site, Runs(self, step.head_segments, step), x, y)
         y[:, self.vocab_size : self.weights.groups[-1].width] = -torch.inf
-        for own, start, stop in runs.slow(number):
-            for slow in own.slow[number]:
-                slow.add(self.library, x[start:stop, : site.cols], y[start:stop], site)
         for run, override in found:
             head = self.delta(step.delta(run)).head
             if override is not None and head is not None:

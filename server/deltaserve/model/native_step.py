@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.deltas.resident import ResidentDelta
-from deltaserve.model.native_delta import NativeDelta, norm_table
+from deltaserve.model.native_delta import NativeDelta
 from deltaserve.model.native_weights import NativeWeights
 from deltaserve.model.shape import LlamaShape
 from deltaserve.model.step import Step
@@ -68,16 +68,6 @@ class State:
     gated: CGated
     kept: Sequence[object]  # what the structures point to
 
-    @property
-    def num_runs(self) -> int:
-        return self.runs.count
-
-    def runs_at(self, site: int) -> int:
-        return self.runs.at(site)
-
-    def slow_at(self, site: int) -> Iterator[tuple[NativeDelta, int, int]]:
-        return self.runs.slow(site)
-
     @classmethod
     def of(cls, model: _Model, step: Step, positions: Tensor) -> State:
         shape, rows = model.shape, step.num_rows
@@ -128,7 +118,7 @@ class State:
 
 def _norm_runs(model: _Model, step: Step) -> tuple[ctypes.Array[CNormRun], list[object]]:
     """All rows of the step, those of the base among them; and the tables that they point to."""
-    base = norm_table(list(model.weights.norms.values()))
+    base = model.weights.norm_table
     found, row = [], 0
     for run in step.segments.runs:
         if run.start > row:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from deltaserve.deltas.checkpoint import LM_HEAD, Checkpoint
 from deltaserve.errors import CheckpointError
-from deltaserve.model.native_delta import Linear
+from deltaserve.model.native_delta import Linear, norm_table
 from deltaserve.model.shape import LlamaShape
 from deltaserve_kernels.native.library import Arena, Library
 from deltaserve_kernels.native.site import PackedSite
@@ -35,6 +37,10 @@ class NativeWeights:
     norms: dict[str, Tensor]  # bfloat16: two of each layer, the final one, then those of heads
     embedding: Tensor  # tiles
     cos_sin: Tensor  # float32 [positions, head size]
+
+    @cached_property
+    def norm_table(self) -> ctypes.Array[ctypes.c_void_p]:
+        return norm_table(list(self.norms.values()))
 
     @classmethod
     def read(

@@ -9,18 +9,8 @@ from functools import cached_property
 import torch
 
 from deltaserve.deltas.resident import ResidentDelta
-from deltaserve.model.attention import AttentionBatch, KvCache
+from deltaserve.model.attention import AttentionBatch, KvCache, Span
 from deltaserve_kernels.segments import Segment, Segments
-
-
-@dataclass(frozen=True)
-class Span:
-    """Rows [start, stop) are the last positions of a sequence of `length` tokens, whose KV lies in `blocks`."""
-
-    start: int
-    stop: int
-    length: int
-    blocks: Sequence[int]
 
 
 @dataclass(frozen=True)

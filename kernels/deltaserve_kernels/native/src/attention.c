@@ -111,17 +111,9 @@ typedef struct {
     int blocks;
 } Blocks;
 
-static void shape_tiles(int rows) { /* 0…3 sums, 4 queries, 5 weights, 6 keys, 7 values */
-    struct {
-        u8 palette, start, reserved[14];
-        u16 bytes[16];
-        u8 rows[16];
-    } __attribute__((packed)) s;
-    memset(&s, 0, sizeof s);
-    s.palette = 1;
-    for (int i = 0; i < 8; i++) s.bytes[i] = i == 5 ? 2 * PAGE : 64, s.rows[i] = (u8)(i < 6 ? rows : i == 6 ? 16 : 8);
-    __asm__ volatile("" ::"r"(&s) : "memory");
-    _tile_loadconfig(&s);
+static void shape(int rows) { /* 0…3 sums, 4 queries, 5 weights, 6 keys, 7 values */
+    u8 m = (u8)rows;
+    shape_tiles((const u8[8]){m, m, m, m, m, m, 16, 8}, (const u8[8]){64, 64, 64, 64, 64, 2 * PAGE, 64, 64});
 }
 
 /* `rows` neighbours of one sequence, all query heads of one kv head: at most 16 rows of a tile. */
@@ -197,7 +189,7 @@ static void attend_blocks(void *argument, int worker, int workers) {
     share(b->blocks * w->kv_heads, worker, workers, &from, &to);
     for (int item = from; item < to; item++) {
         int block = item / w->kv_heads, rows = b->starts[block + 1] - b->starts[block];
-        if (shaped != rows * each) shape_tiles(shaped = rows * each);
+        if (shaped != rows * each) shape(shaped = rows * each);
         attend_block(w, b->starts[block], rows, item % w->kv_heads);
     }
     if (shaped) _tile_release();

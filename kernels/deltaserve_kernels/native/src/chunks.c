@@ -3,8 +3,6 @@
 
 enum { BLOCKS = 4 }; /* column blocks of 32 that are unpacked before they are multiplied */
 
-static long width_of(const Part *part) { return ROUND_UP(part->cols, 32) + 32; }
-
 /* table values times group_scale [32], in place; one block of 32 columns by 32 rows */
 static void scale_block(const Part *part, int pair_rows, int block, u16 *tiles) {
     int groups = (part->cols + part->group - 1) / part->group;

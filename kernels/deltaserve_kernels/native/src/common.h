@@ -137,10 +137,13 @@ static inline void share(int count, int worker, int workers, int *from, int *to)
     *to = (int)((long)count * (worker + 1) / workers);
 }
 /* A buffer of this thread, at least `bytes` long; `slot` tells those in use at once apart. */
-enum { SLOTS = 8 };
+enum { SLOTS = 9 };
 void *scratch(int slot, size_t bytes);
 
 /* product.c: y[M, 32] (+)= x[M, 32·blocks] · two columns of tiles; tiles [blocks][2][16 pairs of k][16 n][2] */
+#if defined(__AMX_BF16__)
+void shape_tiles(const u8 rows[8], const u8 bytes[8]); /* of this thread's eight tiles; bytes of a row */
+#endif
 void begin_products(void); /* on each thread, before and after its products: torch uses the same tiles */
 void end_products(void);
 void product(const u16 *x, long ldx, int rows, const u16 *tiles, int blocks, float *y, long ldy, int add);

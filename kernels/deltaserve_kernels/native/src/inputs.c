@@ -4,8 +4,6 @@
 
 #include <math.h>
 
-static int padded(const Part *part) { return ROUND_UP(part->cols, 32) + 32; } /* patches read 32 past a block */
-
 /* Floats of a row's projections: [segments][tile][projected] */
 static size_t projections(const Part *part) {
     return (size_t)part->segments * (size_t)part->tile * (size_t)projected(part);
@@ -15,7 +13,7 @@ size_t input_bytes(const Part *part, int rows) {
     if (part->kind == BASE_SCALE || part->kind == VECTOR) return 0;
     size_t each = part->kind == BOOK     ? projections(part) * sizeof(float)
                   : part->kind == SPARSE ? (size_t)part->cols * sizeof(float)
-                                         : (size_t)padded(part) * sizeof(u16);
+                                         : (size_t)width_of(part) * sizeof(u16);
     if (part->kind == SPARSE && rows >= MANY) rows = ROUND_UP(rows, LANES);
     return ROUND_UP(each * (size_t)rows, 64);
 }
@@ -54,7 +52,7 @@ static void project(const Part *part, const float *x, float *out) {
 /* The result of `before`, times its own scales, into bfloat16: it is small. */
 static void chain(const Part *part, const u16 *x, long ldx, int rows, u16 *out) {
     const Part *before = part->before;
-    long width = padded(part);
+    long width = width_of(part);
     void *input = scratch(4, input_bytes(before, rows));
     make_input(before, x, ldx, rows, input);
     float *sum = scratch(5, (size_t)rows * CHUNK * sizeof *sum);
@@ -87,7 +85,7 @@ static void write_line(const float *line, int cols, u16 *out) {
 }
 
 void make_input(const Part *part, const u16 *x, long ldx, int rows, void *out) {
-    long width = padded(part);
+    long width = width_of(part);
     if (part->kind != BOOK && part->kind != SPARSE) memset(out, 0, (size_t)(rows * width) * sizeof(u16));
     if (part->before && part->kind != SPARSE) {
         chain(part, x, ldx, rows, out);

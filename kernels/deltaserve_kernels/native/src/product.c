@@ -7,21 +7,24 @@
 #include <unistd.h>
 
 #if defined(__AMX_BF16__)
-typedef struct {
-    u8 palette, start, reserved[14];
-    u16 bytes[16];
-    u8 rows[16];
-} __attribute__((packed)) Shape;
+void shape_tiles(const u8 rows[8], const u8 bytes[8]) {
+    struct {
+        u8 palette, start, reserved[14];
+        u16 bytes[16];
+        u8 rows[16];
+    } __attribute__((packed)) s;
+    memset(&s, 0, sizeof s);
+    s.palette = 1;
+    for (int i = 0; i < 8; i++) s.bytes[i] = bytes[i], s.rows[i] = rows[i];
+    __asm__ volatile("" ::"r"(&s) : "memory"); /* gcc 12 drops the stores otherwise */
+    _tile_loadconfig(&s);
+}
 
 static __thread int shaped; /* rows that the tiles of this thread are set to */
 
-static void shape(int rows) {
-    Shape s;
-    memset(&s, 0, sizeof s);
-    s.palette = 1;
-    for (int i = 0; i < 8; i++) s.bytes[i] = 64, s.rows[i] = (u8)(i < 6 ? rows : 16); /* 0…3 sums, 4…5 x, 6…7 weights */
-    __asm__ volatile("" ::"r"(&s) : "memory"); /* gcc 12 drops the stores otherwise */
-    _tile_loadconfig(&s);
+static void shape(int rows) { /* 0…3 sums, 4…5 x, 6…7 weights */
+    u8 m = (u8)rows;
+    shape_tiles((const u8[8]){m, m, m, m, m, m, 16, 16}, (const u8[8]){64, 64, 64, 64, 64, 64, 64, 64});
     shaped = rows;
 }
 

@@ -3,8 +3,6 @@
    y = x·Wᵀ + b + Σ parts of each run's delta        without tiles: y += the parts; x bf16 [T, ≥ cols], y float32 [T, ≥ rows], W bf16 tiles */
 #include "terms.h"
 
-#include <stdlib.h>
-
 enum { SLICE = 256 }; /* rows at once: what projections and partial sums may hold */
 
 typedef struct {
@@ -79,14 +77,7 @@ EXPORT void ds_site(const Site *site, const u16 *x, long ldx, float *y, long ldy
                 offset[k] = shared == p ? bytes : offset[k - p + shared];
                 if (shared == p) bytes += input_bytes(cut[r].part + p, cut[r].rows);
             }
-        static __thread struct { u8 *memory; size_t bytes; } inputs;
-        if (inputs.bytes < bytes) {
-            free(inputs.memory);
-            inputs.bytes = ROUND_UP(bytes + bytes / 4, 4096);
-            inputs.memory = aligned_alloc(4096, inputs.bytes);
-            if (!inputs.memory) abort();
-        }
-        Work work = {site, x + begin * ldx, y + begin * ldy, ldx, ldy, end - begin, count, cut, inputs.memory, offset};
+        Work work = {site, x + begin * ldx, y + begin * ldy, ldx, ldy, end - begin, count, cut, scratch(8, bytes), offset};
         if (count) parallel(prepare, &work);
         parallel(multiply, &work);
     }

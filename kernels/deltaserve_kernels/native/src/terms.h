@@ -42,6 +42,8 @@ typedef struct {
 
 /* inputs.c. Of a sparse part: float [rows][cols], or from MANY rows on [cols][rows rounded up to 16] */
 enum { MANY = 4 };
+/* bf16 of a row of any other input: patches read 32 past a block. */
+static inline long width_of(const Part *part) { return ROUND_UP(part->cols, 32) + 32; }
 /* Projections on one row of a tile: as many as codes tell apart. */
 static inline int projected(const Part *part) {
     int told = 1 << (part->bits - part->is_signed);
