@@ -4,7 +4,7 @@
 
 The rank is fixed, or the smallest with Σ_{i≤r} σ_i² ≥ energy · ‖Δ‖². Factors in bfloat16, σ in float32. After the
 abstract of Delta-SVD (its threshold rule is not public); computed from the eigenvectors of the smaller Gram matrix in
-float64, so singular values under 1e-8 of the largest are lost.
+float64, so singular values under about 1e-7 of the largest are lost.
 
     bits/parameter = 16 r (rows + cols) / (rows · cols) + 32 r / (rows · cols)
 """

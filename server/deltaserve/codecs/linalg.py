@@ -12,7 +12,7 @@ Round: TypeAlias = Callable[[Tensor, int], Tensor]  # values of column j, float3
 
 
 class Svd(NamedTuple):
-    """Δ = u · diag(sigma) · vt, float64: [rows, k], [k] descending, [k, cols]; k = number of σ > 1e-8 σ_1, or 1."""
+    """Δ = u · diag(sigma) · vt, float64: [rows, k], [k] descending, [k, cols]; k: the σ that are told from rounding, or 1."""
 
     u: Tensor
     sigma: Tensor
@@ -20,12 +20,13 @@ class Svd(NamedTuple):
 
 
 def svd(delta: Tensor) -> Svd:
-    """By the eigenvectors of the smaller Gram matrix in float64: singular values under 1e-8 of the largest are lost."""
+    """By the eigenvectors of the smaller Gram matrix, n × n in float64, whose eigenvalues are known to n · 2^-52 of the
+    largest: singular values under √n · 2^-26 of the largest are lost."""
     rows, cols = delta.shape
     wide = delta.double() if rows <= cols else delta.double().T
     values, vectors = torch.linalg.eigh(wide @ wide.T)
     power, near = values.flip(0).clamp(min=0), vectors.flip(1)  # σ² descending; [small, small]
-    rank = int((power > power[0] * 1e-16).sum()) or 1
+    rank = int((power > power[0] * len(power) * torch.finfo(torch.float64).eps).sum()) or 1
     sigma, near = power[:rank].sqrt(), near[:, :rank]
     far = (wide.T @ near) / sigma.clamp(min=torch.finfo(torch.float64).tiny)  # [large, rank]
     u, v = (near, far) if rows <= cols else (far, near)
