@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported, whoever does so
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +33,6 @@ def _support(name: str) -> ModuleType:
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """tests/support/tiny.py: `make_base`, `make_finetune`."""
-    import torch
-
     torch.set_num_threads(1)
     return _support("tiny")
 
@@ -96,8 +99,6 @@ class Tenant:
 
     def logits(self, ids: Sequence[int]) -> Any:
         """float32 [len(ids), V]"""
-        import torch
-
         with torch.no_grad():
             return self.model(torch.tensor([list(ids)])).logits[0].float()
 

@@ -70,7 +70,7 @@ def build_services(settings: Settings) -> Services:
         lambda digest: store.path(digest),
         device,
         Limits(settings.max_deltas, settings.max_cpu_deltas, settings.max_delta_bytes, settings.max_cpu_delta_bytes),
-        serve=model.serve,
+        load=model.load_delta,
         on_ready=lambda: parts["engine"].wake(),
         on_loaded=metrics.delta_load_seconds.observe,
     )

@@ -80,7 +80,7 @@ class Town(Rig):
             lambda digest: self.store.path(digest),
             CPU,
             Limits(max_deltas, host),
-            serve=model.serve,
+            load=model.load_delta,
             on_ready=lambda: self.ready.set(),
         )
         self.store = DeltaStore(root, on_removed=lambda digest: self.residency.discard([digest]))

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from deltaserve.deltas.artifact import Artifact
-from deltaserve.deltas.resident import ResidentDelta, Serve, for_torch
+from deltaserve.deltas.resident import Load, ResidentDelta
 from deltaserve.errors import DeltaLoadFailed
 from deltaserve.ids import DeltaDigest, Slot
 
@@ -45,7 +45,7 @@ class Residency:
         device: torch.device,
         limits: Limits,
         *,
-        serve: Serve = for_torch,
+        load: Load = ResidentDelta.load,
         on_ready: Callable[[], None],
         on_loaded: Callable[[float], None] = lambda seconds: None,
     ) -> None:
@@ -53,7 +53,7 @@ class Residency:
         self._path_of = path_of
         self._device = device
         self._limits = limits
-        self._serve = serve
+        self._load_artifact = load
         self._on_ready = on_ready
         self._on_loaded = on_loaded
         self._lock = threading.RLock()
@@ -168,7 +168,7 @@ class Residency:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest:
             raise DeltaLoadFailed(f"the stored delta {digest[:12]} is damaged: its bytes have the digest {found[:12]}")
-        return ResidentDelta.load(Artifact.open(path), self._serve)
+        return self._load_artifact(Artifact.open(path))
 
     def _try_free_slot(self, num_bytes: int) -> Slot | None:
         """An empty slot, after evicting what must go for the count and the bytes; None, and nothing evicted, if that
