@@ -276,7 +276,8 @@ class _SiteCall:
             vector = grid_padding(length)
             grid_matmul_kernel[grid](
                 pool.byte, pool.value, pool.float, pool.field, step.slots, step.tiles,
-                *activations, *numbers(GRID_ROWS), each, length, vector, max(1, 32 // vector), ROWS_OF_A_SEGMENT, GRID_ROWS, self.programs,
+                *activations, *numbers(GRID_ROWS),
+                each, length, vector, max(1, 32 // vector), ROWS_OF_A_SEGMENT, GRID_ROWS, self.programs,
             )  # fmt: skip
         else:
             size = int(str(launch.about))

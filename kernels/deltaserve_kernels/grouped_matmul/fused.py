@@ -6,8 +6,9 @@ Weights are the left operand of tl.dot, `M` rows of activations the right one (s
 place, is read as a subnormal float16, q · 2^(p − 24) with p its lowest bit; x̂ of that slot comes multiplied by 2^−p,
 and the 2^24 comes back with the scale: an and-operation for two weights, no shift, no conversion. Slots that end past
 bit 10 are read after one shift of the word. The zero point meets Σ x̂. Layout: fused/slots.py. Programs go through
-(segments × row tiles) in a loop, so that the number of segments is the device's affair. Sums run in a fixed order, and a
-row's result depends on no other row. Rows of a tile past a segment's are not read: with one row, x̂ would be more traffic than codes.
+(segments × row tiles) in a loop, so that the number of segments is the device's affair. Sums run in a fixed order, and
+a row's result depends on no other row. Rows of a tile past a segment's are not read: with one row, x̂ would be more
+traffic than codes.
 
 Tensor cores take float16 subnormals at their full value (Fasi et al. 2021; Khattak and Mikaitis 2025 for sm_90).
 """
