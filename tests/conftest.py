@@ -197,6 +197,29 @@ def server(
         running.close()
 
 
+@pytest.fixture(scope="session")
+def town(
+    process: ModuleType, tiny_base: Path, tenants: dict[str, Tenant], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """A server with keys and two tenants: acme with `sign` as `mine`, globex with `sparse` as `mine` and `secret`."""
+    running = process.ServerProcess(tiny_base, tmp_path_factory.mktemp("town") / "store", api_key="first-key")
+    try:
+        made = _support("town").Town(running.wait_ready())
+        for tenant, name, artifact in (
+            ("acme", "mine", "sign"),
+            ("globex", "mine", "sparse"),
+            ("globex", "secret", "lowrank"),
+        ):
+            made.upload(tenant, name, tenants[artifact].artifact)
+        yield made
+        made.close()
+        assert running.stop() == 0, running.printed
+        assert "Traceback" not in running.printed, running.printed
+        assert not any(key in running.printed for key in made.keys), "no key is ever logged"
+    finally:
+        running.close()
+
+
 @pytest.fixture
 def start_server(process: ModuleType, tiny_base: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """start_server(*flags, api_key=None): a process of the test's own; all of one test share one store."""

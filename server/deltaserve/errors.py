@@ -9,10 +9,12 @@
     │   ├── TemplateError                   chat_template_error        400
     │   └── DigestMismatch                  digest_mismatch            400
     ├── AuthenticationFailed                invalid_api_key            401
+    ├── PermissionDenied                    insufficient_permissions   403
     ├── NotFound                            not_found                  404
     │   └── ModelNotFound                   model_not_found            404
     ├── NameConflict                        name_conflict              409
     ├── StoreInUse                          store_in_use               409
+    ├── IncompatibleStore                   incompatible_store         409
     ├── ArtifactTooLarge                    artifact_too_large         413
     ├── ArtifactError                       invalid_artifact           422
     │   ├── ArtifactCorrupt                 artifact_corrupt           422
@@ -82,6 +84,10 @@ class AuthenticationFailed(DeltaServeError):
     code, http_status = "invalid_api_key", 401
 
 
+class PermissionDenied(DeltaServeError):
+    code, http_status = "insufficient_permissions", 403
+
+
 class NotFound(DeltaServeError):
     code, http_status = "not_found", 404
 
@@ -96,6 +102,10 @@ class NameConflict(DeltaServeError):
 
 class StoreInUse(DeltaServeError):
     code, http_status = "store_in_use", 409
+
+
+class IncompatibleStore(DeltaServeError):
+    code, http_status = "incompatible_store", 409
 
 
 class ArtifactTooLarge(DeltaServeError):

@@ -6,6 +6,7 @@ error: a typo must not be ignored.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +42,10 @@ class Settings(BaseSettings):
     )
     served_model_name: str | None = Field(None, description="id of the base in requests (default: its file name)")
     api_key: str | None = Field(
-        None, min_length=1, description="bearer key that every route but /health then asks for", repr=False
+        None,
+        min_length=1,
+        description="the first admin key; without any key the server listens on loopback only",
+        repr=False,
     )
     max_num_seqs: int = Field(32, ge=1, le=4096, description="requests that run at once")
     max_num_batched_tokens: int = Field(1024, ge=16, le=2**20, description="tokens of one step, prompts included")
@@ -60,6 +64,14 @@ class Settings(BaseSettings):
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the model (default: torch's)")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Does `host` keep other machines out? A name other than localhost may mean anything."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
     @classmethod
     def build(cls, **given: Any) -> Settings:

@@ -17,8 +17,11 @@ from deltaserve.codecs.registry import make_codec
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import compress
 from deltaserve.deltas.residency import Limits, Residency
-from deltaserve.deltas.store import DeltaStore, Record
+from deltaserve.deltas.store import DeltaStore, Destination
 from deltaserve.errors import DeltaLoadFailed, ModelNotFound
+from deltaserve.tenants.accounts import Accounts, Caller
+from deltaserve.tenants.models import Model, Version
+from deltaserve.tenants.registry import Registry
 from deltaserve_kernels.native.library import available
 from deltaserve_kernels.native.parts import Part
 
@@ -83,24 +86,29 @@ class Town(Rig):
             load=model.load_delta,
             on_ready=lambda: self.ready.set(),
         )
-        self.store = DeltaStore(root, on_removed=lambda digest: self.residency.discard([digest]))
+        self.registry = Registry(root)
+        self.me = Caller(Accounts(self.registry).default, "-", frozenset())
+        self.store = DeltaStore(self.registry, on_removed=lambda digest: self.residency.discard([digest]))
         super().__init__(model, self.residency, self.residency.slots, **options)
 
-    def upload(self, name: str, data: bytes) -> Record:
+    def upload(self, name: str, data: bytes) -> Version:
         upload = self.store.begin_upload(1 << 24)
         upload.write(data)
-        record, _ = self.store.commit(name, upload, upload.finish(None), {})
+        stored = self.store.commit(Destination(self.me.tenant, name, "test"), upload, upload.finish(None), {})
         upload.close()
-        return record
+        return stored.version
+
+    def named(self, name: str) -> Model:
+        return self.store.models.find(self.me, name)[0]
 
     def ask(self, name: str | None, *, prompt: list[int] = PROMPT, max_tokens: int = 6, **params: Any) -> Request:
-        digest = None if name is None else self.store.get(name).digest
+        digest = None if name is None else self.named(name).active.digest
         return make_request(prompt, digest, max_tokens=max_tokens, **params)
 
     def close(self) -> None:
         assert self.residency.counts()["pinned"] == 0
         self.residency.close()
-        self.store.close()
+        self.registry.close()
 
 
 @pytest.fixture
@@ -185,7 +193,7 @@ def test_a_new_version_serves_new_requests_and_the_running_one_keeps_its_own(
     make_town: Callable[..., Town], artifacts: dict[str, bytes], alone: Any
 ) -> None:
     town = make_town(max_deltas=2)
-    old = town.store.lease("sign")
+    old = town.store.lease(town.me, "sign")
     running = town.ask("sign")
     town.scheduler.add(running)
     while running.num_generated < 2:
@@ -281,7 +289,7 @@ def test_a_damaged_delta_fails_its_request_and_is_never_served_by_the_base(
     make_town: Callable[..., Town], alone: Any
 ) -> None:
     town = make_town(max_deltas=2)
-    path = town.store.path(town.store.get("svd").digest)
+    path = town.store.path(town.named("svd").active.digest)
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
@@ -299,7 +307,7 @@ def test_an_unknown_or_deleted_delta_is_an_error_and_never_the_base(make_town: C
         town.ask("nobody")
     late = town.ask("svd")
     unknown = make_request(PROMPT, hashlib.sha256(b"unknown").hexdigest())
-    town.store.delete("svd")
+    town.store.delete(town.me, "svd")
     town.run(late, unknown)
     for request in (late, unknown):
         assert isinstance(town.errors[request.id], DeltaLoadFailed)

@@ -1,4 +1,4 @@
-"""What handlers need."""
+"""What handlers need: the services, who calls, and what a caller must be allowed to do."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
+from fastapi.params import Depends as Dependency
+from fastapi.security import HTTPBearer
 
 from deltaserve.deltas.intake import Intake
 from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.store import DeltaStore
 from deltaserve.engine.loop import Engine
 from deltaserve.engine.text import TextSide
-from deltaserve.errors import Draining
+from deltaserve.errors import Draining, PermissionDenied
 from deltaserve.metrics import Metrics
 from deltaserve.settings import Settings
+from deltaserve.tenants.accounts import Accounts, Caller, Scope
+from deltaserve.tenants.keys import Keys
+from deltaserve.tenants.registry import Registry
 
 
 @dataclass
@@ -30,6 +35,9 @@ class Services:
     runtime: dict[str, str]  # what runs: versions, device, dtype, kernels
     engine: Engine
     text: TextSide
+    registry: Registry
+    accounts: Accounts
+    keys: Keys
     store: DeltaStore
     intake: Intake
     residency: Residency
@@ -42,9 +50,27 @@ class Services:
             raise Draining("the server is shutting down")
 
 
-def services(request: Request) -> Services:
+async def services(request: Request) -> Services:
     found: Services = request.app.state.services
     return found
 
 
+async def caller(request: Request) -> Caller:
+    """Who api.middleware.Authenticate found."""
+    found: Caller = request.state.caller
+    return found
+
+
 ServicesDep = Annotated[Services, Depends(services)]
+CallerDep = Annotated[Caller, Depends(caller)]
+DESCRIBED = HTTPBearer(auto_error=False, description="an API key")  # for the OpenAPI document; the middleware checks
+
+
+def needs(*any_of: Scope) -> list[Dependency]:
+    """For a router: its callers have one of these scopes. Raises PermissionDenied."""
+
+    async def check(who: CallerDep) -> None:
+        if not who.may(*any_of):
+            raise PermissionDenied(f"this key lacks the scope {' or '.join(any_of or ('admin',))}")
+
+    return [Depends(DESCRIBED), Depends(check)]

@@ -23,6 +23,7 @@ from deltaserve.engine.text import Profile, Sink
 from deltaserve.engine.types import Event, Request, SamplingParams
 from deltaserve.errors import BadRequest, ContextLengthExceeded
 from deltaserve.ids import DeltaDigest, RequestId
+from deltaserve.tenants.accounts import Caller
 
 T = TypeVar("T")
 Prompts = Callable[[Profile], list[list[int]]]
@@ -31,11 +32,12 @@ Prompts = Callable[[Profile], list[list[int]]]
 class Generation:
     """The choices of one API request: prompt i has the choices [i·n, (i+1)·n). Use as an async context manager."""
 
-    def __init__(self, services: Services, body: Wire, kind: str) -> None:
+    def __init__(self, services: Services, body: Wire, kind: str, caller: Caller) -> None:
         if body.stream_options is not None and not body.stream:
             raise BadRequest("stream_options needs stream: true", param="stream_options")
         self._services = services
         self._body = body
+        self._caller = caller
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._leased: DeltaDigest | None = None
@@ -130,7 +132,9 @@ class Generation:
         """Off the event loop: disk, templates, tokenizers."""
         services = self._services
         if self._body.model != services.base_id:
-            self.digest = self._leased = services.store.lease(self._body.model).digest
+            self.digest = self._leased = services.store.lease(
+                self._caller, self._body.model, self._body.user or self.id
+            ).digest
         self.profile = services.text.profile(self.digest)
         self.prompts = prompts(self.profile)
         now = time.monotonic()
@@ -151,6 +155,7 @@ class Generation:
                         sink=Sink(self.profile, ids, sampling),
                         emit=self._emitter(index),
                         arrival_s=now,
+                        tenant=str(self._caller.tenant.id),
                     )
                 )
         return requests

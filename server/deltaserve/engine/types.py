@@ -93,6 +93,7 @@ class Request:
     sink: TextSink
     emit: Callable[[Event], None]
     arrival_s: float = 0.0
+    tenant: str = ""  # opaque: whose it is, "" = nobody in particular
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)

@@ -1,0 +1,115 @@
+"""Tenants: the accounts that own models and keys; and the caller, who a request comes from."""
+
+from __future__ import annotations
+
+import enum
+import re
+import threading
+import time
+from dataclasses import dataclass
+
+from deltaserve.errors import InvalidName, NameConflict, NotFound
+from deltaserve.tenants.migrations import DEFAULT_TENANT
+from deltaserve.tenants.registry import Registry
+
+TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+class Scope(enum.StrEnum):
+    """What a key may do. `admin` may everything, for every tenant."""
+
+    INFERENCE = "inference"  # ask models
+    MANAGE = "manage"  # upload, change and delete the tenant's models
+    METRICS = "metrics"  # read /metrics, which names every tenant
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """`id` is never given again, a name may be."""
+
+    id: int
+    name: str
+    created: int
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who a request comes from."""
+
+    tenant: Tenant
+    key_id: str
+    scopes: frozenset[Scope]
+
+    @property
+    def is_admin(self) -> bool:
+        return Scope.ADMIN in self.scopes
+
+    def may(self, *any_of: Scope) -> bool:
+        return self.is_admin or not self.scopes.isdisjoint(any_of)
+
+    def __str__(self) -> str:
+        return f"{self.tenant.name}/{self.key_id}"
+
+
+class Accounts:
+    """Every tenant, in memory and in the registry. Thread-safe."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._changing = threading.Lock()  # what is in memory follows the registry, in its order
+        self._load()
+
+    def _load(self) -> None:
+        rows = self._registry.rows("SELECT id, name, created FROM tenants ORDER BY name")
+        self._tenants = {row[0]: Tenant(*row) for row in rows}
+
+    @property
+    def default(self) -> Tenant:
+        return self._tenants[DEFAULT_TENANT]
+
+    def all(self) -> list[Tenant]:
+        return list(self._tenants.values())
+
+    def get(self, tenant_id: int) -> Tenant | None:
+        return self._tenants.get(tenant_id)
+
+    def named(self, name: str) -> Tenant:
+        """Raises NotFound."""
+        for tenant in self._tenants.values():
+            if tenant.name == name:
+                return tenant
+        raise NotFound(f"there is no tenant {name[:64]!r}", param="tenant")
+
+    def create(self, name: str, by: str) -> Tenant:
+        """Raises InvalidName, NameConflict, StorageFull."""
+        if not TENANT_NAME.fullmatch(name):
+            raise InvalidName(
+                f"{name[:200]!r} is no tenant: 1 to 63 of a–z 0–9 . _ - starting with a letter or digit", param="name"
+            )
+        with self._changing:
+            with self._registry.write() as db:
+                if db.execute("SELECT 1 FROM tenants WHERE name = ?", (name,)).fetchone():
+                    raise NameConflict(f"there is a tenant {name!r} already", param="name")
+                db.execute("INSERT INTO tenants (name, created) VALUES (?, ?)", (name, int(time.time())))
+                self._registry.audit(by, "tenant.create", name)
+            self._load()
+        return self.named(name)
+
+    def check_deletable(self, tenant: Tenant) -> None:
+        """Raises NameConflict for the default tenant."""
+        if tenant.id == DEFAULT_TENANT:
+            raise NameConflict(f"{tenant.name!r} is the server's own tenant and stays", param="tenant")
+
+    def delete(self, tenant: Tenant, by: str) -> None:
+        """The tenant and its keys. Raises NameConflict for the default tenant and for one that has models."""
+        self.check_deletable(tenant)
+        with self._changing:
+            with self._registry.write() as db:
+                if db.execute("SELECT 1 FROM models WHERE tenant = ? LIMIT 1", (tenant.id,)).fetchone():
+                    raise NameConflict(
+                        f"{tenant.name!r} has models; an upload of it may just have ended", param="tenant"
+                    )
+                db.execute("DELETE FROM tenants WHERE id = ?", (tenant.id,))
+                self._registry.audit(by, "tenant.delete", tenant.name)
+            self._load()
