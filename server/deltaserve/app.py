@@ -87,7 +87,9 @@ def build_services(settings: Settings) -> Services:
         on_ready=lambda: parts["engine"].wake(),
         on_loaded=metrics.delta_load_seconds.observe,
     )
-    store = DeltaStore(registry, on_removed=lambda digest: residency.discard([digest]))
+    store = DeltaStore(
+        registry, keep_versions=settings.keep_versions, on_removed=lambda digest: residency.discard([digest])
+    )
     text = TextSide(
         base,
         model.vocab_size,
@@ -139,6 +141,7 @@ def build_services(settings: Settings) -> Services:
         metrics=metrics,
         upload_pool=ThreadPoolExecutor(MAX_UPLOADS, thread_name_prefix="upload"),
     )
+    services.keep_pinned()
     metrics.read_gauges_from(lambda: _gauges(services, blocks))
     logger.info(
         "base %s (%s…) on %s as %s; context %d tokens, KV cache %d tokens; decoder %s, kernels %s",

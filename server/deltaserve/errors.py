@@ -13,8 +13,10 @@
     ├── NotFound                            not_found                  404
     │   └── ModelNotFound                   model_not_found            404
     ├── NameConflict                        name_conflict              409
+    ├── VersionInUse                        version_in_use             409
     ├── StoreInUse                          store_in_use               409
     ├── IncompatibleStore                   incompatible_store         409
+    ├── PreconditionFailed                  precondition_failed        412
     ├── ArtifactTooLarge                    artifact_too_large         413
     ├── ArtifactError                       invalid_artifact           422
     │   ├── ArtifactCorrupt                 artifact_corrupt           422
@@ -100,12 +102,20 @@ class NameConflict(DeltaServeError):
     code, http_status = "name_conflict", 409
 
 
+class VersionInUse(DeltaServeError):
+    code, http_status = "version_in_use", 409
+
+
 class StoreInUse(DeltaServeError):
     code, http_status = "store_in_use", 409
 
 
 class IncompatibleStore(DeltaServeError):
     code, http_status = "incompatible_store", 409
+
+
+class PreconditionFailed(DeltaServeError):
+    code, http_status = "precondition_failed", 412
 
 
 class ArtifactTooLarge(DeltaServeError):

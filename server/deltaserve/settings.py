@@ -58,6 +58,7 @@ class Settings(BaseSettings):
     max_delta_bytes: int | None = Field(None, ge=1, description="bytes of deltas on the device (default: no bound)")
     max_cpu_delta_bytes: int | None = Field(None, ge=1, description="bytes of deltas in host memory")
     max_upload_bytes: int = Field(16 * 2**30, ge=1, description="largest artifact that is accepted")
+    keep_versions: int = Field(3, ge=1, le=1000, description="versions of a model that stay, to roll back to")
     shutdown_timeout_s: int = Field(30, ge=0, description="seconds that running requests get after SIGTERM")
     keep_alive_timeout_s: int = Field(
         75, ge=1, description="seconds an idle connection stays open; longer than those of balancers and clients (60)"

@@ -287,3 +287,33 @@ def test_many_threads_never_see_a_pinned_slot_change(make: Callable[..., Shelf])
     shelf.residency.close()
     held = [delta for delta in shelf.residency.slots if delta is not None]
     assert len(held) == shelf.residency.counts()["device"]
+
+
+def test_a_prewarmed_delta_is_there_before_it_is_asked_for(make: Callable[..., Shelf]) -> None:
+    shelf = make()
+    shelf.residency.prewarm(shelf.digests[0])
+    assert shelf.ready.acquire(timeout=WAIT_S)
+    assert (shelf.states()[0], shelf.num_read) == ("device", 1)
+    shelf.residency.prewarm(shelf.digests[0])
+    assert shelf.residency.try_pin(shelf.digests[0]) is not None and shelf.num_read == 1
+
+
+def test_a_kept_delta_is_loaded_at_once_and_goes_last(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=2)
+    shelf.residency.keep([shelf.digests[0]])
+    assert shelf.ready.acquire(timeout=WAIT_S)
+    shelf.use(1, 2, 3)
+    assert shelf.states()[:4] == ["device", "host", "host", "device"]
+    shelf.residency.keep([])
+    shelf.use(1, 2)
+    assert shelf.states()[0] == "host"
+
+
+def test_a_kept_delta_makes_room_where_all_else_is_in_use(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=2)
+    shelf.residency.keep([shelf.digests[0]])
+    assert shelf.ready.acquire(timeout=WAIT_S)
+    slots = [shelf.pin(1), shelf.pin(2)]
+    assert shelf.states()[:3] == ["host", "device", "device"]
+    for slot in slots:
+        shelf.residency.unpin(slot)

@@ -18,10 +18,18 @@ import pytest
 
 from deltaserve.deltas import store as store_module
 from deltaserve.deltas.store import DeltaStore, Destination
-from deltaserve.errors import ArtifactTooLarge, DigestMismatch, InvalidName, ModelNotFound, StorageFull, StoreInUse
+from deltaserve.errors import (
+    ArtifactTooLarge,
+    DigestMismatch,
+    InvalidName,
+    ModelNotFound,
+    PreconditionFailed,
+    StorageFull,
+    StoreInUse,
+)
 from deltaserve.ids import DeltaDigest
 from deltaserve.tenants.accounts import Caller, Tenant
-from deltaserve.tenants.models import Version
+from deltaserve.tenants.models import ALWAYS, Change, Condition, Version
 from deltaserve.tenants.registry import Registry
 
 if TYPE_CHECKING:
@@ -39,11 +47,13 @@ class Store(DeltaStore):
         self.registry = Registry(root)
         super().__init__(self.registry, **options)
 
-    def put(self, name: str, data: bytes, **summary: Any) -> tuple[Version, bool]:
+    def put(self, name: str, data: bytes, condition: Condition = ALWAYS, **summary: Any) -> tuple[Version, bool]:
         upload = self.begin_upload(1 << 20)
         try:
             upload.write(data)
-            stored = self.commit(Destination(ME.tenant, name, "test"), upload, upload.finish(None), summary)
+            stored = self.commit(
+                Destination(ME.tenant, name, "test", True, condition), upload, upload.finish(None), summary
+            )
             return stored.version, stored.is_new_name
         finally:
             upload.close()
@@ -162,6 +172,37 @@ def test_deleting_tells_what_was_removed_and_a_name_begins_anew(tmp_path: Path) 
             call("a")
     assert store.put("a", b"three")[0].number == 1
     store.close()
+
+
+def test_versions_stay_up_to_the_bound_and_bytes_go_with_them(tmp_path: Path) -> None:
+    store = Store(tmp_path, keep_versions=2)
+    for data in (b"one", b"two", b"three"):
+        store.put("a", data)
+    assert objects(tmp_path) == {digest_of(b"two"), digest_of(b"three")}
+    again, _ = store.put("a", b"two")
+    assert (again.number, store.get("a").number) == (2, 2), "bytes that are there already are the version they were"
+    lease = store.lease(ME, "a@3")
+    store.delete(ME, "a@3")
+    assert objects(tmp_path) == {digest_of(b"two"), digest_of(b"three")}
+    store.release(lease.digest)
+    assert objects(tmp_path) == {digest_of(b"two")}
+    store.close()
+
+
+def test_a_change_that_comes_too_late_changes_nothing(store: Store) -> None:
+    store.put("a", b"one")
+    seen = Condition(store.models.find(ME, "a")[0].etag)
+    store.change(ME, "a", Change(pinned=True), seen)
+    log = store.registry.audit_log()
+    for call in (
+        lambda: store.change(ME, "a", Change(pinned=False), seen),
+        lambda: store.delete(ME, "a", seen),
+        lambda: store.put("a", b"two", condition=seen),
+    ):
+        with pytest.raises(PreconditionFailed):
+            call()
+    assert store.registry.audit_log() == log and store.get("a").digest == digest_of(b"one")
+    assert store.models.find(ME, "a")[0].pinned
 
 
 @pytest.mark.parametrize("name", ["a", "A9._-", "0", "x" * 128])

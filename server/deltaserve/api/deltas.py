@@ -1,4 +1,4 @@
-"""/v1/deltas/{name}: upload, look at, forget a model's delta. NAME as in tenants.models."""
+"""/v1/deltas/{name}: upload, look at, move between versions, share, forget. NAME as in tenants.models."""
 
 from __future__ import annotations
 
@@ -6,23 +6,49 @@ import asyncio
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import JSONResponse
+from pydantic import Field
 
 from deltaserve.api.deps import CallerDep, Services, ServicesDep
+from deltaserve.api.schemas import Text, Wire
 from deltaserve.deltas.store import Destination
-from deltaserve.errors import ArtifactTooLarge, NameConflict
+from deltaserve.errors import ArtifactTooLarge, NameConflict, PermissionDenied
 from deltaserve.tenants.accounts import Caller
-from deltaserve.tenants.models import Model, Version, check_name, missing
+from deltaserve.tenants.models import Canary, Change, Condition, Model, Version, check_name, missing
 
 router = APIRouter()
 changing = APIRouter()
 PIECE_BYTES = 2**20  # handed to the disk at once
 Sha256 = Annotated[str | None, Query(pattern="^[0-9a-fA-F]{64}$")]
+Number = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class CanaryIn(Wire):
+    version: Number
+    percent: Annotated[float, Field(gt=0, le=100)]
+
+
+class ChangeIn(Wire):
+    """What is left out stays; canary null ends it."""
+
+    version: Number | None = None
+    canary: CanaryIn | None = None
+    pinned: bool | None = None
+    shared_with: Annotated[list[Text], Field(max_length=1000)] | None = None
+
+
+async def condition(
+    if_match: Annotated[str | None, Header()] = None, if_none_match: Annotated[str | None, Header()] = None
+) -> Condition:
+    return Condition(if_match, if_none_match)
+
+
+ConditionDep = Annotated[Condition, Depends(condition)]
 
 
 def _card(services: Services, caller: Caller, model: Model, version: Version) -> dict[str, Any]:
-    return {
+    card = {
         "id": model.called_by(caller),
         "object": "delta",
         "owner": model.owner,
@@ -33,10 +59,19 @@ def _card(services: Services, caller: Caller, model: Model, version: Version) ->
         "resident_bytes": services.residency.resident_bytes(version.digest) or version.summary["resident_bytes"],
         "state": services.residency.state(version.digest),
     }
+    if model.is_changed_by(caller):
+        canary = vars(model.canary) if model.canary else None
+        shared_with = list(model.shared_with)
+        card |= {"active": model.active.number, "canary": canary, "pinned": model.pinned, "shared_with": shared_with}
+    return card
 
 
-def _destination(services: Services, caller: Caller, called: str) -> Destination:
-    """NAME, or TENANT:NAME for an admin. Raises InvalidName, NameConflict, NotFound."""
+def _reply(card: dict[str, Any], model: Model, status: int = 200) -> JSONResponse:
+    return JSONResponse(card, status, {"ETag": model.etag})
+
+
+def _destination(services: Services, caller: Caller, called: str, activate: bool, when: Condition) -> Destination:
+    """NAME, or TENANT:NAME for an admin. Raises InvalidName, NameConflict, NotFound, PreconditionFailed."""
     if called == services.base_id:
         raise NameConflict(f"{called!r} is the base model's id; choose another name", param="name")
     tenant, colon, name = called.rpartition(":")
@@ -46,16 +81,24 @@ def _destination(services: Services, caller: Caller, called: str) -> Destination
             raise missing(called)
         owner = services.accounts.named(tenant)
     check_name(name)
-    return Destination(owner, name, str(caller))
+    return Destination(owner, name, str(caller), activate, when)
 
 
 @changing.put("/v1/deltas/{name:path}")
 async def upload_delta(
-    name: str, http: Request, services: ServicesDep, caller: CallerDep, sha256: Sha256 = None
+    name: str,
+    http: Request,
+    services: ServicesDep,
+    caller: CallerDep,
+    when: ConditionDep,
+    sha256: Sha256 = None,
+    activate: bool = True,
 ) -> JSONResponse:
-    """The body is the artifact. Acknowledged when it is checked and safe on disk; 201 for a new name, else 200."""
+    """The body is the artifact. Acknowledged when it is checked and safe on disk; 201 for a new name, else 200.
+    `activate=false`: a name that is there points where it pointed."""
     services.refuse_if_draining()
-    to = _destination(services, caller, name)
+    to = _destination(services, caller, name, activate, when)
+    when.check(await asyncio.to_thread(services.store.models.own, to.owner.id, to.name))  # now, and when it is stored
     declared = http.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > services.intake.max_bytes:
         raise ArtifactTooLarge(f"{declared} bytes; at most {services.intake.max_bytes} are accepted")
@@ -72,8 +115,9 @@ async def upload_delta(
         stored = await in_pool(services.intake.accept, to, upload, sha256)
     finally:
         await asyncio.shield(in_pool(upload.close))
+    await asyncio.to_thread(services.keep_pinned)
     card = _card(services, caller, stored.model, stored.version)
-    return JSONResponse(card, 201 if stored.is_new_name else 200)
+    return _reply(card, stored.model, 201 if stored.is_new_name else 200)
 
 
 @router.get("/v1/deltas")
@@ -82,14 +126,56 @@ async def list_deltas(services: ServicesDep, caller: CallerDep) -> dict[str, Any
     return {"object": "list", "data": [_card(services, caller, model, model.active) for model in models]}
 
 
-@router.get("/v1/deltas/{name:path}")
-async def get_delta(name: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
+@router.get("/v1/deltas/{name}/versions")
+async def list_versions(name: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
+    """Newest first."""
+
+    def cards() -> list[dict[str, Any]]:
+        model, _ = services.store.models.find(caller, name)
+        return [_card(services, caller, model, version) for version in services.store.models.versions(model)]
+
+    return {"object": "list", "data": await asyncio.to_thread(cards)}
+
+
+@router.post("/v1/deltas/{name}/prewarm", status_code=202)
+async def prewarm(name: str, services: ServicesDep, caller: CallerDep) -> JSONResponse:
+    """Begins to bring it to the device, so that the first request need not wait; `state` says when it is there."""
     model, version = await asyncio.to_thread(services.store.models.find, caller, name)
-    return _card(services, caller, model, version or model.active)
+    services.residency.prewarm((version or model.active).digest)
+    return _reply(_card(services, caller, model, version or model.active), model, 202)
+
+
+@router.get("/v1/deltas/{name:path}")
+async def get_delta(name: str, services: ServicesDep, caller: CallerDep) -> JSONResponse:
+    model, version = await asyncio.to_thread(services.store.models.find, caller, name)
+    return _reply(_card(services, caller, model, version or model.active), model)
+
+
+@changing.patch("/v1/deltas/{name:path}")
+async def change_delta(
+    name: str, body: ChangeIn, services: ServicesDep, caller: CallerDep, when: ConditionDep
+) -> JSONResponse:
+    """Moves the name to another version, gives a canary a share of requests, pins, shares (admins only)."""
+
+    def change() -> Model:
+        if body.shared_with is not None and not caller.is_admin:  # a tenant that names others learns who is there
+            raise PermissionDenied("an admin alone shares models with other tenants", param="shared_with")
+        canary = Canary(body.canary.version, body.canary.percent) if body.canary else None
+        model, _ = services.store.models.owned(caller, name)
+        if canary is None and "canary" in body.model_fields_set:
+            canary = Canary(model.active.number, 0)
+        others = None if body.shared_with is None else [services.accounts.named(other) for other in body.shared_with]
+        changed = services.store.change(caller, name, Change(body.version, canary, body.pinned, others), when)
+        services.keep_pinned()
+        return changed
+
+    model = await asyncio.to_thread(change)
+    return _reply(_card(services, caller, model, model.active), model)
 
 
 @changing.delete("/v1/deltas/{name:path}")
-async def delete_delta(name: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
-    """New requests find nothing; running ones finish."""
-    await asyncio.to_thread(services.store.delete, caller, name)
+async def delete_delta(name: str, services: ServicesDep, caller: CallerDep, when: ConditionDep) -> dict[str, Any]:
+    """A model with every version, or NAME@VERSION. New requests find nothing; running ones finish."""
+    await asyncio.to_thread(services.store.delete, caller, name, when)
+    await asyncio.to_thread(services.keep_pinned)
     return {"id": name, "object": "delta", "deleted": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -44,6 +45,12 @@ class Services:
     metrics: Metrics
     upload_pool: ThreadPoolExecutor
     draining: bool = field(default=False)
+    _pinning: threading.Lock = field(default_factory=threading.Lock)
+
+    def keep_pinned(self) -> None:
+        """After a change to what pinned names point to."""
+        with self._pinning:  # the last to read is the last to tell
+            self.residency.keep(self.store.models.pinned())
 
     def refuse_if_draining(self) -> None:
         if self.draining:

@@ -58,4 +58,5 @@ async def delete_model(model: str, services: ServicesDep, caller: CallerDep) -> 
     if model == services.base_id:
         raise NameConflict(f"{model} is the base model and stays", param="model")
     await asyncio.to_thread(services.store.delete, caller, model)
+    await asyncio.to_thread(services.keep_pinned)
     return {"id": model, "object": "model", "deleted": True}

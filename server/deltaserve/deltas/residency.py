@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,7 @@ class Residency:
         self._host_tier: OrderedDict[DeltaDigest, ResidentDelta] = OrderedDict()
         self._pins = [0] * limits.device_deltas
         self._loading: set[DeltaDigest] = set()
+        self._kept: frozenset[DeltaDigest] = frozenset()  # evicted last
         self._sizes: dict[DeltaDigest, int] = {}  # bytes of what was loaded once
         self._failures: dict[DeltaDigest, DeltaLoadFailed] = {}  # not told yet
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="delta-loader")
@@ -76,10 +77,26 @@ class Residency:
                 return slot
             if (failure := self._failures.pop(digest, None)) is not None:
                 raise failure
-            if digest not in self._loading and self._can_make_room(self._sizes.get(digest, 0)):
-                self._loading.add(digest)
-                self._loader.submit(self._load, digest)
+            self._begin_load(digest)
             return None
+
+    def prewarm(self, digest: DeltaDigest) -> None:
+        """Loads it, if it is not here and there is room beside what is in use. Returns at once."""
+        with self._lock:
+            if digest not in self._device_tier:
+                self._begin_load(digest)
+
+    def keep(self, digests: Collection[DeltaDigest]) -> None:
+        """These are loaded now and evicted last: only where everything else is in use, so that they block nobody."""
+        with self._lock:
+            self._kept = frozenset(digests)
+            for digest in digests:
+                self.prewarm(digest)
+
+    def _begin_load(self, digest: DeltaDigest) -> None:
+        if digest not in self._loading and self._can_make_room(self._sizes.get(digest, 0)):
+            self._loading.add(digest)
+            self._loader.submit(self._load, digest)
 
     def unpin(self, slot: Slot) -> None:
         with self._lock:
@@ -174,6 +191,7 @@ class Residency:
         """An empty slot, after evicting what must go for the count and the bytes; None, and nothing evicted, if that
         would take a pinned delta."""
         occupied = [(digest, slot) for digest, slot in self._device_tier.items() if not self._pins[slot]]
+        occupied.sort(key=lambda place: place[0] in self._kept)  # stable: least recently used first within both
         victims: list[DeltaDigest] = []
         limit = self._limits.device_bytes
         count, held = len(self._device_tier), self._device_bytes()

@@ -27,17 +27,20 @@ from deltaserve.deltas.tensorfile import sync_directory
 from deltaserve.errors import ArtifactTooLarge, DigestMismatch
 from deltaserve.ids import DeltaDigest
 from deltaserve.tenants.accounts import Caller, Tenant
-from deltaserve.tenants.models import Model, Models, Version, check_name
+from deltaserve.tenants.models import ALWAYS, Change, Condition, Model, Models, Version, check_name
 from deltaserve.tenants.registry import Registry, disk_full_is_an_answer
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where an upload goes: a name of `owner`'s, in the log as done by `by`."""
+    """Where an upload goes: a name of `owner`'s, in the log as done by `by`. Unless it `activates`, a name that was
+    there points where it pointed."""
 
     owner: Tenant
     name: str
     by: str
+    activates: bool = True
+    condition: Condition = ALWAYS
 
     def __str__(self) -> str:
         return f"{self.owner.name}:{self.name}"
@@ -145,18 +148,20 @@ class DeltaStore:
     def _record(
         self, to: Destination, before: Model | None, num_bytes: int, digest: DeltaDigest, summary: dict[str, Any]
     ) -> tuple[Stored, list[DeltaDigest]]:
+        to.condition.check(before)
         known = self.models.versions(before) if before else []
         version = next((known for known in known if known.digest == digest), None)
-        if before and version and version.number == before.active.number:
-            return Stored(before, version, False), []
+        is_new = version is None
         if version is None:
             version = self.models.add(to.owner.id, to.name, digest, num_bytes, summary)
+            self._registry.audit(to.by, "model.upload", f"{to}@{version.number}", digest, bytes=num_bytes)
         model = self.models.own(to.owner.id, to.name)
         assert model is not None
-        self.models.point(model, version.number)
-        model = self.models.own(to.owner.id, to.name)
-        assert model is not None
-        self._registry.audit(to.by, "model.upload", f"{to}@{version.number}", digest, bytes=num_bytes)
+        if to.activates and model.active.number != version.number:
+            if not is_new:
+                self._registry.audit(to.by, "model.change", str(to), digest, version=version.number)
+            self.models.point(model, version.number)
+            model = self.models.again(model)
         return Stored(model, version, before is None), self.models.prune(model, self._keep_versions)
 
     def lease(self, caller: Caller, called: str, draw: str = "") -> Version:
@@ -175,12 +180,38 @@ class DeltaStore:
                 del self._leases[digest]
                 self._remove_if_unused(digest)
 
-    def delete(self, caller: Caller, called: str) -> None:
-        """Forgets every version of a model; running requests finish on theirs. Raises ModelNotFound, PermissionDenied,
-        StorageFull."""
+    def change(self, caller: Caller, called: str, change: Change, condition: Condition = ALWAYS) -> Model:
+        """Raises ModelNotFound, PermissionDenied, PreconditionFailed, StorageFull."""
+        with self._lock, self._registry.write():
+            before, _ = self.models.owned(caller, called)
+            condition.check(before)
+            after = self.models.change(before, change)
+            told: dict[str, Any] = {}
+            if change.version is not None:
+                told["version"] = change.version
+            if change.canary is not None:
+                told["canary"] = vars(change.canary)
+            if change.pinned is not None:
+                told["pinned"] = change.pinned
+            if change.shared_with is not None:
+                told["shared_with"] = list(after.shared_with)
+            target = f"{after.owner}:{after.name}"
+            self._registry.audit(str(caller), "model.change", target, after.active.digest, **told)
+            return after
+
+    def delete(self, caller: Caller, called: str, condition: Condition = ALWAYS) -> None:
+        """Forgets every version of a model, or the one that is named; running requests finish on theirs. Raises
+        ModelNotFound, PermissionDenied, PreconditionFailed, VersionInUse, StorageFull."""
         with self._lock:
-            model, _ = self.models.owned(caller, called)
-            self._forget([model], str(caller))
+            model, version = self.models.owned(caller, called)
+            condition.check(model)
+            if version is None:
+                return self._forget([model], str(caller))
+            with self._registry.write():
+                self.models.drop(model, version)
+                target = f"{model.owner}:{model.name}@{version.number}"
+                self._registry.audit(str(caller), "version.delete", target, version.digest)
+            self._remove_if_unused(version.digest)
 
     def delete_all(self, tenant: Tenant, by: str) -> None:
         """`delete` of every model of a tenant, or of none."""

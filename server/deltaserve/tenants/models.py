@@ -13,12 +13,13 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltaserve.errors import InvalidName, ModelNotFound, NotFound, PermissionDenied
+from deltaserve.errors import InvalidName, ModelNotFound, NotFound, PermissionDenied, PreconditionFailed, VersionInUse
 from deltaserve.ids import DeltaDigest
-from deltaserve.tenants.accounts import Caller
+from deltaserve.tenants.accounts import Caller, Tenant
 from deltaserve.tenants.registry import Registry, Row
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -62,9 +63,50 @@ class Model:
     def etag(self) -> str:
         return f'"{self.id}-{self.revision}"'
 
+    @property
+    def held(self) -> set[int]:
+        """The versions that requests may be answered by without naming one."""
+        return {self.active.number} | ({self.canary.version} if self.canary else set())
+
+    def is_changed_by(self, caller: Caller) -> bool:
+        return caller.is_admin or self.tenant_id == caller.tenant.id
+
     def called_by(self, caller: Caller) -> str:
         """The id under which `caller` names it."""
         return self.name if self.tenant_id == caller.tenant.id else f"{self.owner}:{self.name}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a model; None = as it is. `canary` with 0 percent: none."""
+
+    version: int | None = None
+    canary: Canary | None = None
+    pinned: bool | None = None
+    shared_with: Sequence[Tenant] | None = None
+
+
+@dataclass(frozen=True)
+class Condition:
+    """If-Match and If-None-Match of a request."""
+
+    match: str | None = None
+    none_match: str | None = None
+
+    def check(self, model: Model | None) -> None:
+        """Raises PreconditionFailed."""
+        if self.match is not None and not _lists(self.match, model):
+            state = f"its ETag is {model.etag}" if model else "there is none"
+            raise PreconditionFailed(f"If-Match: {self.match[:200]} does not hold; {state}", param="If-Match")
+        if self.none_match is not None and _lists(self.none_match, model):
+            raise PreconditionFailed(f"If-None-Match: {self.none_match[:200]}: there is one", param="If-None-Match")
+
+
+ALWAYS = Condition()
+
+
+def _lists(header: str, model: Model | None) -> bool:
+    return model is not None and (header.strip() == "*" or model.etag in [tag.strip() for tag in header.split(",")])
 
 
 @dataclass(frozen=True)
@@ -145,7 +187,7 @@ class Models:
     def owned(self, caller: Caller, called: str) -> tuple[Model, Version | None]:
         """`find`, for a change. Raises ModelNotFound, PermissionDenied for what is shared with the caller."""
         model, version = self.find(caller, called)
-        if model.tenant_id != caller.tenant.id and not caller.is_admin:
+        if not model.is_changed_by(caller):
             raise PermissionDenied(f"{called} is shared with you; its owner alone can change it", param="model")
         return model, version
 
@@ -205,11 +247,49 @@ class Models:
                 (number, number, model.id),
             )
 
+    def change(self, model: Model, change: Change) -> Model:
+        """Raises ModelNotFound for a version that there is not."""
+        with self._registry.write() as db:
+            if change.version is not None:
+                self.point(model, self.version(model, change.version).number)
+            if change.canary is not None:
+                number = self.version(model, change.canary.version).number if change.canary.percent else None
+                db.execute(
+                    "UPDATE models SET canary = ?, canary_percent = ? WHERE id = ?",
+                    (number, change.canary.percent, model.id),
+                )
+            if change.pinned is not None:
+                db.execute("UPDATE models SET pinned = ? WHERE id = ?", (change.pinned, model.id))
+            if change.shared_with is not None:
+                db.execute("DELETE FROM shares WHERE model = ?", (model.id,))
+                others = {tenant.id for tenant in change.shared_with} - {model.tenant_id}
+                db.executemany("INSERT INTO shares VALUES (?, ?)", [(model.id, tenant) for tenant in others])
+            db.execute("UPDATE models SET revision = revision + 1 WHERE id = ?", (model.id,))
+            return self.again(model)
+
+    def again(self, model: Model) -> Model:
+        """As it is now. Raises ModelNotFound."""
+        found = self.own(model.tenant_id, model.name)
+        if found is None:
+            raise missing(model.name)
+        return found
+
+    def drop(self, model: Model, version: Version) -> None:
+        """Forgets one version. Raises VersionInUse for one that the name or its canary points to."""
+        if version.number in model.held:
+            raise VersionInUse(f"{model.name} points to version {version.number}; move it first", param="version")
+        with self._registry.write() as db:
+            db.execute("DELETE FROM versions WHERE model = ? AND version = ?", (model.id, version.number))
+            db.execute("UPDATE models SET revision = revision + 1 WHERE id = ?", (model.id,))
+
+    def pinned(self) -> list[DeltaDigest]:
+        """What pinned names point to."""
+        return [_model(row).active.digest for row in self._registry.rows(f"{SELECT} WHERE m.pinned")]
+
     def prune(self, model: Model, keep: int) -> list[DeltaDigest]:
         """Forgets all but the newest `keep` versions, never those that the name or its canary points to; → what
         they pointed to."""
-        held = {model.active.number, model.canary.version if model.canary else model.active.number}
-        gone = [version for version in self.versions(model)[keep:] if version.number not in held]
+        gone = [version for version in self.versions(model)[keep:] if version.number not in model.held]
         with self._registry.write() as db:
             for version in gone:
                 db.execute("DELETE FROM versions WHERE model = ? AND version = ?", (model.id, version.number))

@@ -1,0 +1,68 @@
+"""Tenants through the official client: one's own models, versions, errors as its exceptions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import openai
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MESSAGES: Any = [{"role": "user", "content": "Many"}]
+
+
+@pytest.fixture(scope="module")
+def acme(town: Any) -> Iterator[openai.OpenAI]:
+    with town.openai("acme", "inference", "manage") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def globex(town: Any) -> Iterator[openai.OpenAI]:
+    with town.openai("globex", "inference") as client:
+        yield client
+
+
+def text(client: openai.OpenAI, model: str) -> str:
+    return client.completions.create(model=model, prompt="Many", max_tokens=12, temperature=0).choices[0].text
+
+
+def test_two_tenants_ask_their_own_model_of_one_name(acme: Any, globex: Any, town: Any) -> None:
+    with town.server.client() as admin:
+        assert text(acme, "mine") == text(acme, "mine@1") == text(admin, "acme:mine")
+        assert text(globex, "mine") == text(admin, "globex:mine@1")
+    assert text(acme, "mine") != text(globex, "mine")
+    stream = globex.chat.completions.create(model="secret", messages=MESSAGES, max_tokens=4, stream=True)
+    assert any(chunk.choices[0].finish_reason for chunk in stream)
+
+
+def test_models_are_ones_own_and_the_base(acme: Any, globex: Any) -> None:
+    assert [card.id for card in acme.models.list()] == ["tiny", "mine"]
+    assert [(card.id, card.owned_by) for card in globex.models.list()][1:] == [("mine", "globex"), ("secret", "globex")]
+    assert globex.models.retrieve("secret").parent == "tiny"
+
+
+@pytest.mark.parametrize("model", ["secret", "globex:secret", "globex:secret@1", "mine@2", "nothing"])
+def test_another_tenants_model_is_not_found(acme: Any, model: str) -> None:
+    for call in (
+        lambda: text(acme, model),
+        lambda: acme.chat.completions.create(model=model, messages=MESSAGES),
+        lambda: acme.models.retrieve(model),
+        lambda: acme.models.delete(model),
+    ):
+        with pytest.raises(openai.NotFoundError) as caught:
+            call()
+        assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+        assert caught.value.body["message"] == f"The model `{model}` does not exist."
+
+
+def test_a_key_without_the_scope_is_a_permission_error_and_a_wrong_one_an_authentication_error(
+    globex: Any, town: Any
+) -> None:
+    with pytest.raises(openai.PermissionDeniedError) as caught:
+        globex.models.delete("secret")
+    assert caught.value.code == "insufficient_permissions"
+    with town.server.client(api_key="ds-wrong") as stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
