@@ -16,7 +16,7 @@ import transformers
 from fastapi import FastAPI
 
 from deltaserve import __version__
-from deltaserve.api import admin, chat, completions, deltas, errors, health, models
+from deltaserve.api import admin, chat, completions, deltas, errors, health, models, usage
 from deltaserve.api.deps import Services, needs
 from deltaserve.api.middleware import Authenticate, Identify
 from deltaserve.deltas.artifact import Artifact
@@ -40,7 +40,9 @@ from deltaserve.model.served import ServedModel
 from deltaserve.settings import Settings
 from deltaserve.tenants.accounts import Accounts, Scope
 from deltaserve.tenants.keys import Keys
+from deltaserve.tenants.limits import Gate
 from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.usage import Usage
 
 logger = logging.getLogger(__name__)
 MAX_THREADS = 512  # most of them asleep, waiting for disks, templates and tokenizers
@@ -135,6 +137,8 @@ def build_services(settings: Settings) -> Services:
         registry=registry,
         accounts=accounts,
         keys=keys,
+        gate=Gate(),
+        usage=Usage(registry),
         store=store,
         intake=intake,
         residency=residency,
@@ -160,9 +164,11 @@ def create_app(services: Services) -> FastAPI:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MAX_THREADS))
         yield
         services.engine.stop()
+        await asyncio.sleep(0)  # the last events are heard, and billed
         services.upload_pool.shutdown()
         services.residency.close()
         services.text.close()
+        services.usage.close()
         services.registry.close()
 
     app = FastAPI(title="deltaserve", version=__version__, lifespan=lifespan)
@@ -178,6 +184,7 @@ def create_app(services: Services) -> FastAPI:
         (deltas.changing, needs(Scope.MANAGE)),
         (health.metrics_router, needs(Scope.METRICS)),
         (health.router, needs(*Scope)),
+        (usage.router, either),
         (admin.router, needs()),
     ):
         app.include_router(router, dependencies=dependencies)

@@ -10,6 +10,7 @@
     │   └── DigestMismatch                  digest_mismatch            400
     ├── AuthenticationFailed                invalid_api_key            401
     ├── PermissionDenied                    insufficient_permissions   403
+    │   └── QuotaExceeded                   quota_exceeded             403
     ├── NotFound                            not_found                  404
     │   └── ModelNotFound                   model_not_found            404
     ├── NameConflict                        name_conflict              409
@@ -25,6 +26,7 @@
     │   └── BaseMismatch                    base_mismatch              422
     ├── CheckpointError                     invalid_checkpoint         422   (command line: files that cannot be used)
     ├── CodecError                          invalid_codec_config       422
+    ├── RateLimited                         rate_limit_exceeded        429   + Retry-After
     ├── QueueFull                           queue_full                 429   + Retry-After
     ├── EngineFailure                       engine_failure             500
     │   ├── DeltaLoadFailed                 delta_load_failed          500
@@ -46,7 +48,7 @@ class DeltaServeError(Exception):
 
     code: ClassVar[str] = "internal_error"
     http_status: ClassVar[int] = 500
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: int | None = None
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -88,6 +90,10 @@ class AuthenticationFailed(DeltaServeError):
 
 class PermissionDenied(DeltaServeError):
     code, http_status = "insufficient_permissions", 403
+
+
+class QuotaExceeded(PermissionDenied):
+    code = "quota_exceeded"
 
 
 class NotFound(DeltaServeError):
@@ -148,6 +154,14 @@ class CheckpointError(DeltaServeError):
 
 class CodecError(DeltaServeError):
     code, http_status = "invalid_codec_config", 422
+
+
+class RateLimited(DeltaServeError):
+    code, http_status, retry_after_s = "rate_limit_exceeded", 429, 1
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class QueueFull(DeltaServeError):

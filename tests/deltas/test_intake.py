@@ -60,7 +60,7 @@ class Door:
         self.intake = Intake(self.store, Checkpoint.open(base), list(checks), max_bytes)
 
     def send(self, data: bytes, name: str = "a", sha256: str | None = None) -> Any:
-        upload = self.intake.begin()
+        upload = self.intake.begin(self.intake.max_bytes)
         try:
             upload.write(data)
             return self.intake.accept(Destination(self.me.tenant, name, "test"), upload, sha256)

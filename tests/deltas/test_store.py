@@ -144,7 +144,7 @@ def test_two_names_share_the_same_bytes_until_both_are_gone(store: Store, tmp_pa
 def test_a_lease_keeps_a_replaced_or_deleted_object_until_its_last_release(store: Store) -> None:
     store.put("a", b"one")
     path = store.path(digest_of(b"one"))
-    leases = [store.lease(ME, "a"), store.lease(ME, "a")]
+    leases = [store.lease(ME, "a")[1], store.lease(ME, "a")[1]]
     store.put("a", b"two")
     store.remove("a")
     assert path.read_bytes() == b"one"
@@ -156,7 +156,7 @@ def test_a_lease_keeps_a_replaced_or_deleted_object_until_its_last_release(store
 
 def test_releasing_what_is_still_named_keeps_it(store: Store) -> None:
     store.put("a", b"one")
-    store.release(store.lease(ME, "a").digest)
+    store.release(store.lease(ME, "a")[1].digest)
     assert store.path(digest_of(b"one")).exists()
 
 
@@ -181,7 +181,7 @@ def test_versions_stay_up_to_the_bound_and_bytes_go_with_them(tmp_path: Path) ->
     assert objects(tmp_path) == {digest_of(b"two"), digest_of(b"three")}
     again, _ = store.put("a", b"two")
     assert (again.number, store.get("a").number) == (2, 2), "bytes that are there already are the version they were"
-    lease = store.lease(ME, "a@3")
+    lease = store.lease(ME, "a@3")[1]
     store.delete(ME, "a@3")
     assert objects(tmp_path) == {digest_of(b"two"), digest_of(b"three")}
     store.release(lease.digest)

@@ -193,7 +193,7 @@ def test_a_new_version_serves_new_requests_and_the_running_one_keeps_its_own(
     make_town: Callable[..., Town], artifacts: dict[str, bytes], alone: Any
 ) -> None:
     town = make_town(max_deltas=2)
-    old = town.store.lease(town.me, "sign")
+    old = town.store.lease(town.me, "sign")[1]
     running = town.ask("sign")
     town.scheduler.add(running)
     while running.num_generated < 2:

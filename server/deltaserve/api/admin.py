@@ -1,4 +1,4 @@
-"""/v1/admin: tenants, keys, the audit log. For keys with the scope admin."""
+"""/v1/admin: tenants with their limits, keys, usage, the audit log. For keys with the scope admin."""
 
 from __future__ import annotations
 
@@ -10,15 +10,37 @@ from pydantic import Field
 
 from deltaserve.api.deps import CallerDep, Services, ServicesDep
 from deltaserve.api.schemas import Text, Wire
+from deltaserve.api.usage import Day, usage_report
 from deltaserve.tenants.accounts import Scope, Tenant
 from deltaserve.tenants.keys import Key
+from deltaserve.tenants.limits import Limits
 
 router = APIRouter(prefix="/v1/admin")
 LONGEST_S = 10 * 365 * 86400  # of a key's life, when it has an end
 
 
+Bound = Annotated[int, Field(ge=0, lt=2**62)] | None
+Rate = Annotated[int, Field(ge=1, lt=2**40)] | None
+
+
+class LimitsIn(Wire):
+    """What is left out stays; null lifts a bound. As tenants.limits.Limits."""
+
+    requests_per_minute: Rate = None
+    tokens_per_minute: Rate = None
+    max_concurrent: Rate = None
+    max_tokens: Rate = None
+    max_bytes: Bound = None
+    max_models: Bound = None
+
+
 class TenantIn(Wire):
     name: Text
+    limits: LimitsIn = LimitsIn()
+
+
+class TenantChangeIn(Wire):
+    limits: LimitsIn
 
 
 class KeyIn(Wire):
@@ -35,8 +57,15 @@ class RotateIn(Wire):
 
 
 def _tenant(services: Services, tenant: Tenant) -> dict[str, Any]:
-    models = services.store.models.of(tenant.id)
-    return {"id": tenant.name, "object": "tenant", "created": tenant.created, "models": len(models)}
+    models, size = services.store.models.held_by(tenant.id)
+    return {
+        "id": tenant.name,
+        "object": "tenant",
+        "created": tenant.created,
+        "models": models,
+        "bytes": size,
+        "limits": vars(tenant.limits),
+    }
 
 
 def _key(key: Key) -> dict[str, Any]:
@@ -54,7 +83,8 @@ def _key(key: Key) -> dict[str, Any]:
 
 @router.post("/tenants", status_code=201)
 async def create_tenant(body: TenantIn, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
-    tenant = await asyncio.to_thread(services.accounts.create, body.name, str(caller))
+    limits = Limits(**body.limits.model_dump())
+    tenant = await asyncio.to_thread(services.accounts.create, body.name, str(caller), limits)
     return await asyncio.to_thread(_tenant, services, tenant)
 
 
@@ -69,6 +99,14 @@ async def list_tenants(services: ServicesDep) -> dict[str, Any]:
 @router.get("/tenants/{name}")
 async def get_tenant(name: str, services: ServicesDep) -> dict[str, Any]:
     return await asyncio.to_thread(_tenant, services, services.accounts.named(name))
+
+
+@router.patch("/tenants/{name}")
+async def change_tenant(name: str, body: TenantChangeIn, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
+    """New limits, from the next request on."""
+    changes = body.limits.model_dump(exclude_unset=True)
+    tenant = await asyncio.to_thread(services.accounts.limit, services.accounts.named(name), changes, str(caller))
+    return await asyncio.to_thread(_tenant, services, tenant)
 
 
 @router.delete("/tenants/{name}")
@@ -127,3 +165,10 @@ async def audit_log(
     """The newest entries first; `before` an entry's id: those that are older."""
     entries = await asyncio.to_thread(services.registry.audit_log, before=before, limit=limit)
     return {"object": "list", "data": [{"object": "audit_entry", **vars(entry)} for entry in entries]}
+
+
+@router.get("/usage")
+async def all_usage(services: ServicesDep, tenant: str | None = None, since: Day = "") -> dict[str, Any]:
+    """By day, tenant and model."""
+    owner = services.accounts.named(tenant) if tenant is not None else None
+    return await asyncio.to_thread(usage_report, services, owner, since)

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from deltaserve.api import sse
-from deltaserve.api.deps import CallerDep, Services, ServicesDep
+from deltaserve.api.deps import Services, ServicesDep
 from deltaserve.api.generation import Generation, sampling_params, until_disconnect
 from deltaserve.api.schemas import ChatIn
 from deltaserve.engine.text import Profile
@@ -19,12 +19,10 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions", response_model=None)
-async def create_chat_completion(
-    body: ChatIn, http: Request, services: ServicesDep, caller: CallerDep
-) -> Response | dict[str, Any]:
+async def create_chat_completion(body: ChatIn, http: Request, services: ServicesDep) -> Response | dict[str, Any]:
     if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
-    generation = Generation(services, body, "chatcmpl", caller)
+    generation = Generation(services, body, "chatcmpl", http)
 
     async def whole() -> dict[str, Any]:
         await start(generation, body, services)

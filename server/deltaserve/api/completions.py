@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from deltaserve.api import sse
-from deltaserve.api.deps import CallerDep, Services, ServicesDep
+from deltaserve.api.deps import Services, ServicesDep
 from deltaserve.api.generation import Generation, sampling_params, until_disconnect
 from deltaserve.api.schemas import CompletionIn
 from deltaserve.engine.text import Profile
@@ -20,12 +20,10 @@ DEFAULT_MAX_TOKENS = 16
 
 
 @router.post("/v1/completions", response_model=None)
-async def create_completion(
-    body: CompletionIn, http: Request, services: ServicesDep, caller: CallerDep
-) -> Response | dict[str, Any]:
+async def create_completion(body: CompletionIn, http: Request, services: ServicesDep) -> Response | dict[str, Any]:
     if body.max_tokens == 0 and not body.echo:
         raise BadRequest("max_tokens 0 answers nothing; it is of use with echo alone", param="max_tokens")
-    generation = Generation(services, body, "cmpl", caller)
+    generation = Generation(services, body, "cmpl", http)
 
     async def whole() -> dict[str, Any]:
         await start(generation, body, services)

@@ -100,10 +100,12 @@ async def upload_delta(
     to = _destination(services, caller, name, activate, when)
     when.check(await asyncio.to_thread(services.store.models.own, to.owner.id, to.name))  # now, and when it is stored
     declared = http.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > services.intake.max_bytes:
-        raise ArtifactTooLarge(f"{declared} bytes; at most {services.intake.max_bytes} are accepted")
+    quota = to.owner.limits.max_bytes
+    most = services.intake.max_bytes if quota is None else min(services.intake.max_bytes, quota)
+    if declared.isdigit() and int(declared) > most:
+        raise ArtifactTooLarge(f"{declared} bytes; at most {most} are accepted")
     in_pool = partial(asyncio.get_running_loop().run_in_executor, services.upload_pool)  # requests have other threads
-    upload = await in_pool(services.intake.begin)
+    upload = await in_pool(services.intake.begin, most)
     try:
         pending = bytearray()
         async for piece in http.stream():

@@ -21,7 +21,9 @@ from deltaserve.metrics import Metrics
 from deltaserve.settings import Settings
 from deltaserve.tenants.accounts import Accounts, Caller, Scope
 from deltaserve.tenants.keys import Keys
+from deltaserve.tenants.limits import Gate
 from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.usage import Usage
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Services:
     registry: Registry
     accounts: Accounts
     keys: Keys
+    gate: Gate
+    usage: Usage
     store: DeltaStore
     intake: Intake
     residency: Residency

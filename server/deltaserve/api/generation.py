@@ -18,12 +18,12 @@ from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 
 from deltaserve.api.deps import Services
+from deltaserve.api.metering import Meter
 from deltaserve.api.schemas import Generation as Wire
 from deltaserve.engine.text import Profile, Sink
 from deltaserve.engine.types import Event, Request, SamplingParams
-from deltaserve.errors import BadRequest, ContextLengthExceeded
+from deltaserve.errors import BadRequest, ContextLengthExceeded, DeltaServeError
 from deltaserve.ids import DeltaDigest, RequestId
-from deltaserve.tenants.accounts import Caller
 
 T = TypeVar("T")
 Prompts = Callable[[Profile], list[list[int]]]
@@ -32,12 +32,13 @@ Prompts = Callable[[Profile], list[list[int]]]
 class Generation:
     """The choices of one API request: prompt i has the choices [i·n, (i+1)·n). Use as an async context manager."""
 
-    def __init__(self, services: Services, body: Wire, kind: str, caller: Caller) -> None:
+    def __init__(self, services: Services, body: Wire, kind: str, http: HttpRequest) -> None:
         if body.stream_options is not None and not body.stream:
             raise BadRequest("stream_options needs stream: true", param="stream_options")
         self._services = services
         self._body = body
-        self._caller = caller
+        self._meter = Meter(services, http)
+        self._billed_as = services.base_id
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._leased: DeltaDigest | None = None
@@ -57,13 +58,19 @@ class Generation:
         """Resolves the model, reads the prompts, submits, and waits for the first event, so that what goes wrong
         before it is still an HTTP status. Raises DeltaServeError."""
         self._services.refuse_if_draining()
+        self._meter.enter()
         preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare, prompts, params))
         try:
             requests = await asyncio.shield(preparing)
         except asyncio.CancelledError:
             preparing.add_done_callback(self._drop)  # its lease may come after we are gone
             raise
-        self._services.engine.submit(requests)
+        self._meter.begin(len(requests), sum(map(len, self.prompts)))
+        try:
+            self._services.engine.submit(requests)
+        except DeltaServeError:
+            self._meter.undo()
+            raise
         self._services.metrics.request_params_n.observe(self.n)
         self._live = dict(enumerate(requests))
         self._unfinished = len(requests)
@@ -95,8 +102,11 @@ class Generation:
 
     def _hear(self, index: int, event: Event) -> None:
         self._events.put_nowait((index, event))
+        self._meter.spend(len(event.token_ids))
         if event.finish_reason is not None:
             self._unfinished -= 1
+            if not self._unfinished:
+                self._meter.end(self._billed_as)
             self._release_if_done()
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
@@ -132,16 +142,17 @@ class Generation:
         """Off the event loop: disk, templates, tokenizers."""
         services = self._services
         if self._body.model != services.base_id:
-            self.digest = self._leased = services.store.lease(
-                self._caller, self._body.model, self._body.user or self.id
-            ).digest
+            caller = self._meter.caller
+            model, version = services.store.lease(caller, self._body.model, self._body.user or self.id)
+            self.digest = self._leased = version.digest
+            self._billed_as = model.called_by(caller)
         self.profile = services.text.profile(self.digest)
         self.prompts = prompts(self.profile)
         now = time.monotonic()
         requests: list[Request] = []
         for ids in self.prompts:
             self._check_ids(ids)
-            sampling = params(self.profile, len(ids))
+            sampling = self._meter.bounded(params(self.profile, len(ids)), self._body.asked_tokens)
             for choice in range(self.n):
                 index = len(requests)
                 requests.append(
@@ -155,7 +166,7 @@ class Generation:
                         sink=Sink(self.profile, ids, sampling),
                         emit=self._emitter(index),
                         arrival_s=now,
-                        tenant=str(self._caller.tenant.id),
+                        tenant=str(self._meter.caller.tenant.id),
                     )
                 )
         return requests

@@ -34,6 +34,7 @@ class Identify:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        scope.setdefault("state", {})["reply_headers"] = {}  # what handlers add, to errors too
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else uuid.uuid4().hex
         method = scope["method"] if scope["method"] in METHODS else "other"  # a label's values must be few
@@ -52,7 +53,9 @@ class Identify:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers.update(scope["state"]["reply_headers"])
                 handler = getattr(scope.get("route"), "path", "none")
                 self._metrics.http_requests.labels(handler, method, str(message["status"])).inc()
             await send(message)
@@ -84,7 +87,7 @@ class Authenticate:
                 caller = self._keys.authenticate(_bearer(Headers(scope=scope)))
             except AuthenticationFailed as refusal:
                 return await error_response(refusal)(scope, receive, send)
-            scope.setdefault("state", {})["caller"] = caller
+            scope["state"]["caller"] = caller
         await self._app(scope, receive, send)
 
 

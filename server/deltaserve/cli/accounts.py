@@ -1,4 +1,4 @@
-"""deltaserve tenant …, key …, audit: a running server's accounts, through its admin API and with an admin key."""
+"""deltaserve tenant …, key …, usage, audit: a server's accounts, through its admin API and with an admin key."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     Command = Callable[[argparse.Namespace], int]
 
 SCOPES = ("inference", "manage", "metrics", "admin")
+LIMITS = (
+    "requests_per_minute",
+    "tokens_per_minute",
+    "max_concurrent",
+    "max_tokens",
+    "max_bytes",
+    "max_models",
+)
 DAY_S = 86400
 
 
@@ -36,7 +44,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         return action
 
     tenant = group("tenant", "the accounts of a server")
-    tenant("create", "a new tenant", create_tenant).add_argument("name", metavar="NAME")
+    for word, text, run in (
+        ("create", "a new tenant", create_tenant),
+        ("limit", "change what it may use; `none` lifts a bound", limit_tenant),
+    ):
+        parser = tenant(word, text, run)
+        parser.add_argument("name", metavar="NAME")
+        for limit in LIMITS:
+            parser.add_argument(f"--{limit.replace('_', '-')}", type=_bound, default=argparse.SUPPRESS, metavar="N")
     tenant("list", "all tenants", list_tenants).add_argument("--json", action="store_true")
     tenant("delete", "a tenant with its keys and models", delete_tenant).add_argument("name", metavar="NAME")
 
@@ -54,6 +69,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--grace-s", type=whole(0, 30 * DAY_S + 1), default=0, help="how long the old one still works")
     key("revoke", "refuse a key from now on", revoke_key).add_argument("id", metavar="ID")
 
+    parser = subparsers.add_parser("usage", parents=[common], help="requests and tokens by day, tenant and model")
+    parser.add_argument("tenant", metavar="TENANT", nargs="?", help="one alone (default: all)")
+    parser.add_argument("--since", metavar="YYYY-MM-DD", default="", help="the first day")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=usage)
+
     parser = subparsers.add_parser("audit", parents=[common], help="who changed what, newest first, as JSON lines")
     parser.add_argument("--limit", type=whole(1, 1001), default=100)
     parser.set_defaults(run=audit)
@@ -61,13 +82,19 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 @reports_errors
 def create_tenant(args: argparse.Namespace) -> None:
-    _ask(args, "POST", "tenants", {"name": args.name})
+    _ask(args, "POST", "tenants", {"name": args.name, "limits": _limits(args)})
     write(f"created {args.name}\nnext: deltaserve key create {args.name} --scope inference --scope manage\n")
 
 
 @reports_errors
+def limit_tenant(args: argparse.Namespace) -> None:
+    changed = _ask(args, "PATCH", f"tenants/{quote(args.name, safe='')}", {"limits": _limits(args)})
+    write(f"{args.name}: {_cell('limits', changed['limits']) or 'no limits'}\n")
+
+
+@reports_errors
 def list_tenants(args: argparse.Namespace) -> None:
-    _show(args, _ask(args, "GET", "tenants")["data"], ("id", "models", "created"))
+    _show(args, _ask(args, "GET", "tenants")["data"], ("id", "models", "bytes", "created", "limits"))
 
 
 @reports_errors
@@ -103,9 +130,24 @@ def revoke_key(args: argparse.Namespace) -> None:
 
 
 @reports_errors
+def usage(args: argparse.Namespace) -> None:
+    params = {"since": args.since} | ({"tenant": args.tenant} if args.tenant is not None else {})
+    lines = _ask(args, "GET", "usage", params=params)["data"]
+    _show(args, lines, ("day", "tenant", "model", "requests", "prompt_tokens", "completion_tokens"))
+
+
+@reports_errors
 def audit(args: argparse.Namespace) -> None:
     for entry in _ask(args, "GET", "audit", params={"limit": str(args.limit)})["data"]:
         write(json.dumps(entry) + "\n")
+
+
+def _bound(text: str) -> int | None:
+    return None if text == "none" else whole(0)(text)
+
+
+def _limits(args: argparse.Namespace) -> dict[str, int | None]:
+    return {name: value for name, value in vars(args).items() if name in LIMITS}
 
 
 def _ask(
@@ -132,4 +174,6 @@ def _show(args: argparse.Namespace, items: list[dict[str, Any]], columns: Iterab
 def _cell(name: str, value: Any) -> str:
     if name in ("created", "expires", "revoked"):
         return "" if value is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(value))
+    if isinstance(value, dict):
+        return " ".join(f"{key}={bound}" for key, bound in value.items() if bound is not None)
     return " ".join(value) if isinstance(value, list) else str(value)

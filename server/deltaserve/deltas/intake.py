@@ -23,8 +23,8 @@ class Intake:
         self._checks = checks
         self.max_bytes = max_bytes
 
-    def begin(self) -> Upload:
-        return self._store.begin_upload(self.max_bytes)
+    def begin(self, max_bytes: int) -> Upload:
+        return self._store.begin_upload(max_bytes)
 
     def accept(self, to: Destination, upload: Upload, expected_sha256: str | None) -> Stored:
         """A whole upload becomes a version. Raises whatever is wrong with it; then nothing is kept."""

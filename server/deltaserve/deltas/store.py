@@ -162,16 +162,19 @@ class DeltaStore:
                 self._registry.audit(to.by, "model.change", str(to), digest, version=version.number)
             self.models.point(model, version.number)
             model = self.models.again(model)
-        return Stored(model, version, before is None), self.models.prune(model, self._keep_versions)
+        pruned = self.models.prune(model, self._keep_versions)
+        if is_new:
+            self.models.check_quota(to.owner)
+        return Stored(model, version, before is None), pruned
 
-    def lease(self, caller: Caller, called: str, draw: str = "") -> Version:
+    def lease(self, caller: Caller, called: str, draw: str = "") -> tuple[Model, Version]:
         """The version that answers a request for the model `called`; its object stays on disk until `release`. `draw`
         decides between the name's version and its canary. Raises ModelNotFound."""
         with self._lock:
             model, version = self.models.find(caller, called)
             version = version or self.models.chosen(model, draw)
             self._leases[version.digest] += 1
-            return version
+            return model, version
 
     def release(self, digest: DeltaDigest) -> None:
         with self._lock:

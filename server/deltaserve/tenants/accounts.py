@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
+import json
 import re
 import threading
 import time
 from dataclasses import dataclass
 
 from deltaserve.errors import InvalidName, NameConflict, NotFound
+from deltaserve.tenants.limits import UNLIMITED, Limits
 from deltaserve.tenants.migrations import DEFAULT_TENANT
 from deltaserve.tenants.registry import Registry
 
@@ -31,6 +33,7 @@ class Tenant:
     id: int
     name: str
     created: int
+    limits: Limits = UNLIMITED
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class Accounts:
         self._load()
 
     def _load(self) -> None:
-        rows = self._registry.rows("SELECT id, name, created FROM tenants ORDER BY name")
-        self._tenants = {row[0]: Tenant(*row) for row in rows}
+        rows = self._registry.rows("SELECT id, name, created, limits FROM tenants ORDER BY name")
+        self._tenants = {key: Tenant(key, name, made, Limits(**json.loads(bounds))) for key, name, made, bounds in rows}
 
     @property
     def default(self) -> Tenant:
@@ -81,7 +84,7 @@ class Accounts:
                 return tenant
         raise NotFound(f"there is no tenant {name[:64]!r}", param="tenant")
 
-    def create(self, name: str, by: str) -> Tenant:
+    def create(self, name: str, by: str, limits: Limits = UNLIMITED) -> Tenant:
         """Raises InvalidName, NameConflict, StorageFull."""
         if not TENANT_NAME.fullmatch(name):
             raise InvalidName(
@@ -91,10 +94,21 @@ class Accounts:
             with self._registry.write() as db:
                 if db.execute("SELECT 1 FROM tenants WHERE name = ?", (name,)).fetchone():
                     raise NameConflict(f"there is a tenant {name!r} already", param="name")
-                db.execute("INSERT INTO tenants (name, created) VALUES (?, ?)", (name, int(time.time())))
-                self._registry.audit(by, "tenant.create", name)
+                values = (name, int(time.time()), json.dumps(limits.given()))
+                db.execute("INSERT INTO tenants (name, created, limits) VALUES (?, ?, ?)", values)
+                self._registry.audit(by, "tenant.create", name, **limits.given())
             self._load()
         return self.named(name)
+
+    def limit(self, tenant: Tenant, changes: dict[str, int | None], by: str) -> Tenant:
+        """New bounds, from the next request on; None lifts one. Raises StorageFull."""
+        with self._changing:
+            with self._registry.write() as db:
+                limits = self._tenants[tenant.id].limits.with_changes(changes)
+                db.execute("UPDATE tenants SET limits = ? WHERE id = ?", (json.dumps(limits.given()), tenant.id))
+                self._registry.audit(by, "tenant.limit", tenant.name, **changes)
+            self._load()
+        return self._tenants[tenant.id]
 
     def check_deletable(self, tenant: Tenant) -> None:
         """Raises NameConflict for the default tenant."""

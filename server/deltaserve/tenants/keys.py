@@ -18,6 +18,7 @@ from deltaserve.tenants.accounts import Accounts, Caller, Scope, Tenant
 from deltaserve.tenants.registry import Registry, Row
 
 BOOTSTRAP = "bootstrap"  # key id of the server's --api-key
+EVERYTHING = frozenset({Scope.ADMIN})
 NOBODY = "-"  # key id of the callers of an open server
 UNKNOWN = secrets.token_bytes(32)
 MOST_KEYS = 100  # of one tenant that are neither revoked nor expired
@@ -61,24 +62,22 @@ class Keys:
         self._changing = threading.Lock()
         self._load()
         self.is_open = bootstrap is None and not self._keys
-        everything = frozenset({Scope.ADMIN})
-        self._bootstrap = Caller(accounts.default, BOOTSTRAP, everything)
         self._bootstrap_digest = _digest(bootstrap) if bootstrap is not None else UNKNOWN
-        self._anyone = Caller(accounts.default, NOBODY, everything)
 
     def authenticate(self, given: str | None) -> Caller:
         """Whose key that is. Raises AuthenticationFailed, the same for every reason."""
         if self.is_open:
-            return self._anyone
+            return Caller(self._accounts.default, NOBODY, EVERYTHING)
         digest = _digest(given or "")
         key = self._keys.get((given or "")[3:19])
         is_bootstrap = secrets.compare_digest(digest, self._bootstrap_digest)
         is_key = secrets.compare_digest(digest, key.digest if key else UNKNOWN)
         if is_bootstrap:
-            return self._bootstrap
-        if key is None or not is_key or not key.is_valid(self._clock()):
+            return Caller(self._accounts.default, BOOTSTRAP, EVERYTHING)
+        tenant = self._accounts.get(key.tenant.id) if key else None  # with the limits of now
+        if key is None or tenant is None or not is_key or not key.is_valid(self._clock()):
             raise AuthenticationFailed("a valid key is needed: Authorization: Bearer KEY")
-        return Caller(key.tenant, key.id, key.scopes)
+        return Caller(tenant, key.id, key.scopes)
 
     def all(self, tenant: Tenant | None = None) -> list[Key]:
         """By tenant and age; revoked and expired ones too."""

@@ -54,7 +54,14 @@ TENANTS = (
         FROM deltas d JOIN models m ON m.name = d.name ORDER BY d.version DESC""",
     "DROP TABLE deltas",
 )
-STEPS = (FIRST, TENANTS)
+USAGE = (
+    """CREATE TABLE usage (
+        tenant INTEGER NOT NULL, tenant_name TEXT NOT NULL, model TEXT NOT NULL, day TEXT NOT NULL,
+        requests INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+        PRIMARY KEY (tenant, model, day)
+    ) STRICT""",
+)
+STEPS = (FIRST, TENANTS, USAGE)
 
 
 def migrate(connection: sqlite3.Connection) -> None:

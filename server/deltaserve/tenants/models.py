@@ -17,7 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltaserve.errors import InvalidName, ModelNotFound, NotFound, PermissionDenied, PreconditionFailed, VersionInUse
+from deltaserve.errors import (
+    InvalidName,
+    ModelNotFound,
+    NotFound,
+    PermissionDenied,
+    PreconditionFailed,
+    QuotaExceeded,
+    VersionInUse,
+)
 from deltaserve.ids import DeltaDigest
 from deltaserve.tenants.accounts import Caller, Tenant
 from deltaserve.tenants.registry import Registry, Row
@@ -285,6 +293,26 @@ class Models:
     def pinned(self) -> list[DeltaDigest]:
         """What pinned names point to."""
         return [_model(row).active.digest for row in self._registry.rows(f"{SELECT} WHERE m.pinned")]
+
+    def held_by(self, tenant_id: int) -> tuple[int, int]:
+        """(models, bytes of their versions); what two of them share counts once."""
+        sizes = """SELECT MAX(v.bytes) AS bytes FROM versions v JOIN models m ON m.id = v.model
+            WHERE m.tenant = ? GROUP BY v.digest"""
+        ((count,),) = self._registry.rows("SELECT COUNT(*) FROM models WHERE tenant = ?", tenant_id)
+        ((size,),) = self._registry.rows(f"SELECT COALESCE(SUM(bytes), 0) FROM ({sizes})", tenant_id)
+        return count, size
+
+    def check_quota(self, tenant: Tenant) -> None:
+        """Raises QuotaExceeded."""
+        count, size = self.held_by(tenant.id)
+        limits = tenant.limits
+        if limits.max_models is not None and count > limits.max_models:
+            raise QuotaExceeded(f"this would be model {count} of at most {limits.max_models}; delete one first")
+        if limits.max_bytes is not None and size > limits.max_bytes:
+            raise QuotaExceeded(
+                f"with this upload {tenant.name} would hold {size} bytes of at most {limits.max_bytes}; delete a model "
+                "or a version first"
+            )
 
     def prune(self, model: Model, keep: int) -> list[DeltaDigest]:
         """Forgets all but the newest `keep` versions, never those that the name or its canary points to; → what

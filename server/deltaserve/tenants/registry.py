@@ -94,7 +94,7 @@ class Registry:
             finally:
                 self._depth = 0
 
-    def audit(self, who: str, action: str, target: str, digest: str | None = None, **detail: Any) -> None:
+    def audit(self, who: str, action: str, target: str, digest: str | None = None, /, **detail: Any) -> None:
         """Notes a change, in the transaction that makes it."""
         with self.write() as db:
             db.execute(
