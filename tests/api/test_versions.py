@@ -109,6 +109,25 @@ def test_a_pinned_model_is_loaded_without_being_asked(acme: httpx.Client, proces
     assert acme.patch("/v1/deltas/m", json={"pinned": False}).json()["pinned"] is False
 
 
+def test_one_slot_stays_free_of_pinned_models_and_a_restart_pins_again(
+    start_server: Callable[..., Any], tenants: dict[str, Any], process: Any, error_of: ErrorOf
+) -> None:
+    server = start_server("--max-deltas", "2")
+    for name in ("sign", "sparse"):
+        server.upload(name, tenants[name].artifact)
+    assert server.http.patch("/v1/deltas/sign", json={"pinned": True}).status_code == 200
+    error_of(server.http.patch("/v1/deltas/sparse", json={"pinned": True}), 400, "invalid_request")
+    assert server.http.get("/v1/deltas/sparse").json()["pinned"] is False
+    late = {"If-Match": '"0-0"'}
+    server.http.patch("/v1/deltas/sign", json={"pinned": False}).raise_for_status()
+    error_of(server.http.patch("/v1/deltas/sparse", json={"pinned": True}, headers=late), 412, "precondition_failed")
+    server.http.patch("/v1/deltas/sign", json={"pinned": True}).raise_for_status()
+    server.kill()
+    server = start_server("--max-deltas", "2")
+    process.wait_until(lambda: server.http.get("/v1/deltas/sign").json()["state"] == "device", "it is on the device")
+    server.stop()
+
+
 def test_a_version_can_be_brought_in_before_it_is_used(acme: httpx.Client, process: Any) -> None:
     reply = acme.post("/v1/deltas/m@2/prewarm")
     assert (reply.status_code, reply.json()["version"]) == (202, 2)

@@ -167,9 +167,12 @@ async def change_delta(
         if canary is None and "canary" in body.model_fields_set:
             canary = Canary(model.active.number, 0)
         others = None if body.shared_with is None else [services.accounts.named(other) for other in body.shared_with]
-        changed = services.store.change(caller, name, Change(body.version, canary, body.pinned, others), when)
-        services.keep_pinned()
-        return changed
+        if body.pinned and not model.pinned:
+            services.pin(model.active.digest)  # raises where there is no room, before anything is changed
+        try:
+            return services.store.change(caller, name, Change(body.version, canary, body.pinned, others), when)
+        finally:
+            services.keep_pinned()
 
     model = await asyncio.to_thread(change)
     return _reply(_card(services, caller, model, model.active), model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.store import DeltaStore
 from deltaserve.engine.loop import Engine
 from deltaserve.engine.text import TextSide
-from deltaserve.errors import Draining, PermissionDenied
+from deltaserve.errors import BadRequest, Draining, PermissionDenied
+from deltaserve.ids import DeltaDigest
 from deltaserve.metrics import Metrics
 from deltaserve.settings import Settings
 from deltaserve.tenants.accounts import Accounts, Caller, Scope
@@ -24,6 +26,8 @@ from deltaserve.tenants.keys import Keys
 from deltaserve.tenants.limits import Gate
 from deltaserve.tenants.registry import Registry
 from deltaserve.tenants.usage import Usage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,11 +54,27 @@ class Services:
     upload_pool: ThreadPoolExecutor
     draining: bool = field(default=False)
     _pinning: threading.Lock = field(default_factory=threading.Lock)
+    _kept: set[DeltaDigest] = field(default_factory=set)
+
+    def pin(self, digest: DeltaDigest) -> None:
+        """Before a name is pinned. Raises BadRequest where there is no room for it."""
+        with self._pinning:
+            self.residency.keep(digest)
+            self._kept.add(digest)
 
     def keep_pinned(self) -> None:
-        """After a change to what pinned names point to."""
+        """Tells residency what pinned names point to now."""
         with self._pinning:  # the last to read is the last to tell
-            self.residency.keep(self.store.models.pinned())
+            wanted = set(self.store.models.pinned())
+            for digest in self._kept - wanted:
+                self.residency.let_go(digest)
+            self._kept &= wanted
+            for digest in wanted - self._kept:
+                try:
+                    self.residency.keep(digest)
+                    self._kept.add(digest)
+                except BadRequest as error:
+                    logger.warning("a pinned model is not kept on the device: %s", error.message)
 
     def refuse_if_draining(self) -> None:
         if self.draining:

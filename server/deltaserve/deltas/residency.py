@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.resident import Load, ResidentDelta
-from deltaserve.errors import DeltaLoadFailed
+from deltaserve.errors import BadRequest, DeltaLoadFailed
 from deltaserve.ids import DeltaDigest, Slot
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Residency:
         self._host_tier: OrderedDict[DeltaDigest, ResidentDelta] = OrderedDict()
         self._pins = [0] * limits.device_deltas
         self._loading: set[DeltaDigest] = set()
-        self._kept: frozenset[DeltaDigest] = frozenset()  # evicted last
+        self._kept: set[DeltaDigest] = set()  # evicted last
         self._sizes: dict[DeltaDigest, int] = {}  # bytes of what was loaded once
         self._failures: dict[DeltaDigest, DeltaLoadFailed] = {}  # not told yet
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="delta-loader")
@@ -86,12 +86,21 @@ class Residency:
             if digest not in self._device_tier:
                 self._begin_load(digest)
 
-    def keep(self, digests: Collection[DeltaDigest]) -> None:
-        """These are loaded now and evicted last: only where everything else is in use, so that they block nobody."""
+    def keep(self, digest: DeltaDigest) -> None:
+        """Loads it now and evicts it last, until `let_go`: only where all others are in use. Raises
+        BadRequest if no slot were left for all others."""
         with self._lock:
-            self._kept = frozenset(digests)
-            for digest in digests:
-                self.prewarm(digest)
+            if digest not in self._kept and len(self._kept) + 1 >= len(self.slots):
+                raise BadRequest(
+                    f"{len(self._kept)} deltas are kept on the device, and one of its slots must stay free"
+                )
+            self._kept.add(digest)
+            self.prewarm(digest)
+
+    def let_go(self, digest: DeltaDigest) -> None:
+        """Takes `keep` back. Harmless for what is not kept."""
+        with self._lock:
+            self._kept.discard(digest)
 
     def _begin_load(self, digest: DeltaDigest) -> None:
         if digest not in self._loading and self._can_make_room(self._sizes.get(digest, 0)):
@@ -135,6 +144,7 @@ class Residency:
                 self._host_tier.pop(digest, None)
                 self._sizes.pop(digest, None)
                 self._failures.pop(digest, None)
+                self._kept.discard(digest)
                 slot = self._device_tier.get(digest)
                 if slot is not None and not self._pins[slot]:
                     self._evict(digest)
