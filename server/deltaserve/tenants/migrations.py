@@ -43,6 +43,7 @@ TENANTS = (
         model INTEGER NOT NULL REFERENCES models ON DELETE CASCADE,
         tenant INTEGER NOT NULL REFERENCES tenants ON DELETE CASCADE, PRIMARY KEY (model, tenant)
     ) STRICT""",
+    "CREATE INDEX shares_by_tenant ON shares (tenant)",
     """CREATE TABLE audit (
         id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL,
         object TEXT NOT NULL, digest TEXT, detail TEXT NOT NULL

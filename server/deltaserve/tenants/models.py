@@ -152,7 +152,8 @@ SELECT m.id, m.tenant, t.name, m.name, m.canary, m.canary_percent, m.pinned, m.r
        v.version, v.digest, v.created, v.summary
 FROM models m JOIN tenants t ON t.id = m.tenant JOIN versions v ON v.model = m.id AND v.version = m.active
 """
-VISIBLE = "(? OR m.tenant = ? OR EXISTS (SELECT 1 FROM shares s WHERE s.model = m.id AND s.tenant = ?))"
+IS_SEEN = "(m.tenant = ? OR EXISTS (SELECT 1 FROM shares s WHERE s.model = m.id AND s.tenant = ?))"  # one by name
+ALL_SEEN = "m.id IN (SELECT id FROM models WHERE tenant = ? UNION SELECT model FROM shares WHERE tenant = ?)"
 
 
 class Models:
@@ -163,9 +164,11 @@ class Models:
 
     def visible(self, caller: Caller) -> list[Model]:
         """The caller's own by name, then what is shared with it; an admin sees all."""
-        me = caller.tenant.id
+        where, values = _by(caller, ALL_SEEN)
         order = "ORDER BY m.tenant != ?, t.name, m.name"
-        return [_model(row) for row in self._registry.rows(f"{SELECT} WHERE {VISIBLE} {order}", *_sees(caller), me)]
+        return [
+            _model(row) for row in self._registry.rows(f"{SELECT} WHERE {where} {order}", *values, caller.tenant.id)
+        ]
 
     def of(self, tenant_id: int) -> list[Model]:
         return [_model(row) for row in self._registry.rows(f"{SELECT} WHERE m.tenant = ? ORDER BY m.name", tenant_id)]
@@ -181,11 +184,12 @@ class Models:
     def find(self, caller: Caller, called: str) -> tuple[Model, Version | None]:
         """The model, and the version where the reference has one. Raises ModelNotFound."""
         wanted = Reference.parse(called)
+        where, values = _by(caller, IS_SEEN)
         rows = self._registry.rows(
-            f"{SELECT} WHERE t.name = ? AND m.name = ? AND {VISIBLE}",
+            f"{SELECT} WHERE t.name = ? AND m.name = ? AND {where}",
             wanted.owner or caller.tenant.name,
             wanted.name,
-            *_sees(caller),
+            *values,
         )
         if not rows:
             raise missing(called)
@@ -331,8 +335,9 @@ class Models:
         return digests
 
 
-def _sees(caller: Caller) -> tuple[bool, int, int]:
-    return caller.is_admin, caller.tenant.id, caller.tenant.id
+def _by(caller: Caller, condition: str) -> tuple[str, tuple[int, ...]]:
+    """What an admin need not fulfil, and its values."""
+    return ("TRUE", ()) if caller.is_admin else (condition, (caller.tenant.id, caller.tenant.id))
 
 
 def _version(row: Row) -> Version:
