@@ -22,11 +22,11 @@ class Guest:
 
     def __init__(self, town: Any) -> None:
         self.town = town
-        town.admin("POST", "tenants", name="guest")
-        self.http: httpx.Client = town.client("guest", "inference", "manage")
+        self.name = town.new_tenant()
+        self.http: httpx.Client = town.client(self.name, "inference", "manage")
 
     def limit(self, **limits: int | None) -> dict[str, Any]:
-        changed: dict[str, Any] = self.town.admin("PATCH", "tenants/guest", limits=limits)["limits"]
+        changed: dict[str, Any] = self.town.admin("PATCH", f"tenants/{self.name}", limits=limits)["limits"]
         return changed
 
     def ask(self, **more: Any) -> httpx.Response:
@@ -38,8 +38,9 @@ class Guest:
 
 @pytest.fixture
 def guest(town: Any) -> Iterator[Guest]:
-    yield Guest(town)
-    town.admin("DELETE", "tenants/guest")
+    made = Guest(town)
+    yield made
+    town.admin("DELETE", f"tenants/{made.name}")
 
 
 def test_requests_a_minute(guest: Guest, error_of: ErrorOf) -> None:
@@ -121,27 +122,31 @@ def test_models_and_bytes(guest: Guest, tenants: dict[str, Any], error_of: Error
 
 def test_the_bill_agrees_with_the_replies_and_is_ones_own(guest: Guest, tenants: dict[str, Any]) -> None:
     guest.put("m", tenants["sign"].artifact)
-    spent = [guest.ask(model=model, n=n, temperature=1).json()["usage"] for model in ("m", "guest:m@1") for n in (1, 2)]
+    spent = [
+        guest.ask(model=model, n=n, temperature=1).json()["usage"]
+        for model in ("m", f"{guest.name}:m@1")
+        for n in (1, 2)
+    ]
     guest.ask()
     guest.ask(model="nothing")
     report = guest.http.get("/v1/usage").json()
     base, own = sorted(report["data"], key=lambda line: line["model"] == "m")
     assert (base["model"], base["requests"]) == ("tiny", 1)
     assert own == {
-        "tenant": "guest",
+        "tenant": guest.name,
         "model": "m",
         "day": time.strftime("%Y-%m-%d", time.gmtime()),
         "requests": 4,
         "prompt_tokens": sum(usage["prompt_tokens"] for usage in spent),
         "completion_tokens": sum(usage["completion_tokens"] for usage in spent),
     }
-    assert guest.town.admin("GET", "usage?tenant=guest")["data"] == report["data"]
+    assert guest.town.admin("GET", f"usage?tenant={guest.name}")["data"] == report["data"]
     guest.town["acme"].post("/v1/completions", json=BODY).raise_for_status()
-    assert {line["tenant"] for line in guest.town.admin("GET", "usage")["data"]} >= {"guest", "acme"}
-    assert {line["tenant"] for line in guest.http.get("/v1/usage").json()["data"]} == {"guest"}
+    assert {line["tenant"] for line in guest.town.admin("GET", "usage")["data"]} >= {guest.name, "acme"}
+    assert {line["tenant"] for line in guest.http.get("/v1/usage").json()["data"]} == {guest.name}
     assert guest.http.get("/v1/usage?since=9999-01-01").json()["data"] == []
     assert guest.http.get("/v1/usage?since=yesterday").status_code == 400
-    counted = guest.town.server.metric("deltaserve:tenant_generation_tokens_total", tenant="guest", model="m")
+    counted = guest.town.server.metric("deltaserve:tenant_generation_tokens_total", tenant=guest.name, model="m")
     assert counted >= own["completion_tokens"]
 
 
@@ -158,9 +163,9 @@ def test_the_command_line_sets_limits_and_shows_usage(
     monkeypatch.setenv("DELTASERVE_URL", guest.town.server.url)
     monkeypatch.setenv("DELTASERVE_API_KEY", guest.town.server.api_key)
     guest.ask()
-    assert main(["tenant", "limit", "guest", "--requests-per-minute", "9", "--max-models", "2"]) == 0
-    assert main(["tenant", "limit", "guest", "--max-models", "none"]) == 0
-    assert main(["usage", "guest"]) == 0
+    assert main(["tenant", "limit", guest.name, "--requests-per-minute", "9", "--max-models", "2"]) == 0
+    assert main(["tenant", "limit", guest.name, "--max-models", "none"]) == 0
+    assert main(["usage", guest.name]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[:2] == ["guest: requests_per_minute=9 max_models=2", "guest: requests_per_minute=9"]
-    assert out[-1].split()[1:4] == ["guest", "tiny", "1"]
+    assert out[:2] == [f"{guest.name}: requests_per_minute=9 max_models=2", f"{guest.name}: requests_per_minute=9"]
+    assert out[-1].split()[1:4] == [guest.name, "tiny", "1"]

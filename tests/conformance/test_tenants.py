@@ -69,10 +69,10 @@ def test_a_key_without_the_scope_is_a_permission_error_and_a_wrong_one_an_authen
 
 
 def test_limits_are_headers_and_a_rate_limit_error(town: Any) -> None:
-    town.admin("POST", "tenants", name="small", limits={"requests_per_minute": 2, "tokens_per_minute": 1000})
+    small = town.new_tenant(requests_per_minute=2, tokens_per_minute=1000)
     asked: Any = {"model": "tiny", "prompt": "Many", "max_tokens": 1}
     try:
-        with town.openai("small", "inference") as client:
+        with town.openai(small, "inference") as client:
             headers = client.completions.with_raw_response.create(**asked).headers
             assert (headers["x-ratelimit-limit-requests"], headers["x-ratelimit-remaining-requests"]) == ("2", "1")
             assert headers["x-ratelimit-limit-tokens"] == "1000" and headers["x-ratelimit-reset-requests"].endswith("s")
@@ -84,4 +84,4 @@ def test_limits_are_headers_and_a_rate_limit_error(town: Any) -> None:
             assert caught.value.code == "rate_limit_exceeded"
             assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
     finally:
-        town.admin("DELETE", "tenants/small")
+        town.admin("DELETE", f"tenants/{small}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -18,6 +19,7 @@ class Town:
         self.keys = [server.api_key]
         self._clients = {"admin": server.http}
         self._own: list[httpx.Client] = []
+        self._numbers = itertools.count(1)
         for tenant in ("acme", "globex"):
             self.admin("POST", "tenants", name=tenant)
             self._clients[tenant] = self.client(tenant, "inference", "manage")
@@ -32,6 +34,12 @@ class Town:
         assert reply.is_success, reply.text
         answer: dict[str, Any] = reply.json()
         return answer
+
+    def new_tenant(self, **limits: int) -> str:
+        """Its name, of a test's own: names are not given again."""
+        name = f"guest-{next(self._numbers)}"
+        self.admin("POST", "tenants", name=name, limits=limits)
+        return name
 
     def new_key(self, tenant: str, *scopes: str, **more: Any) -> dict[str, Any]:
         made = self.admin("POST", "keys", tenant=tenant, scopes=scopes, **more)

@@ -166,7 +166,7 @@ class Generation:
                         sink=Sink(self.profile, ids, sampling),
                         emit=self._emitter(index),
                         arrival_s=now,
-                        tenant=str(self._meter.caller.tenant.id),
+                        tenant=self._meter.caller.tenant.name,
                     )
                 )
         return requests

@@ -28,7 +28,7 @@ class Scope(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Tenant:
-    """`id` is never given again, a name may be."""
+    """Neither `id` nor `name` is ever given again: what carries them (usage, the log, caches) stays whose it was."""
 
     id: int
     name: str
@@ -64,7 +64,7 @@ class Accounts:
         self._load()
 
     def _load(self) -> None:
-        rows = self._registry.rows("SELECT id, name, created, limits FROM tenants ORDER BY name")
+        rows = self._registry.rows("SELECT id, name, created, limits FROM tenants WHERE deleted IS NULL ORDER BY name")
         self._tenants = {key: Tenant(key, name, made, Limits(**json.loads(bounds))) for key, name, made, bounds in rows}
 
     @property
@@ -93,7 +93,7 @@ class Accounts:
         with self._changing:
             with self._registry.write() as db:
                 if db.execute("SELECT 1 FROM tenants WHERE name = ?", (name,)).fetchone():
-                    raise NameConflict(f"there is a tenant {name!r} already", param="name")
+                    raise NameConflict(f"{name!r} is or was a tenant; names are not given again", param="name")
                 values = (name, int(time.time()), json.dumps(limits.given()))
                 db.execute("INSERT INTO tenants (name, created, limits) VALUES (?, ?, ?)", values)
                 self._registry.audit(by, "tenant.create", name, **limits.given())
@@ -124,6 +124,8 @@ class Accounts:
                     raise NameConflict(
                         f"{tenant.name!r} has models; an upload of it may just have ended", param="tenant"
                     )
-                db.execute("DELETE FROM tenants WHERE id = ?", (tenant.id,))
+                for table in ("keys", "shares"):
+                    db.execute(f"DELETE FROM {table} WHERE tenant = ?", (tenant.id,))
+                db.execute("UPDATE tenants SET deleted = ? WHERE id = ?", (int(time.time()), tenant.id))
                 self._registry.audit(by, "tenant.delete", tenant.name)
             self._load()

@@ -20,7 +20,7 @@ FIRST = (
 TENANTS = (
     """CREATE TABLE tenants (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, created INTEGER NOT NULL,
-        limits TEXT NOT NULL DEFAULT '{}'
+        limits TEXT NOT NULL DEFAULT '{}', deleted INTEGER
     ) STRICT""",
     f"INSERT INTO tenants (id, name, created) VALUES ({DEFAULT_TENANT}, 'default', unixepoch())",
     """CREATE TABLE keys (

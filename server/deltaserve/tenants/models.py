@@ -235,7 +235,7 @@ class Models:
         """A new version, and the name if it is new; where the name pointed, it points still."""
         now = int(time.time())
         with self._registry.write() as db:
-            if not db.execute("SELECT 1 FROM tenants WHERE id = ?", (tenant_id,)).fetchone():
+            if not db.execute("SELECT 1 FROM tenants WHERE id = ? AND deleted IS NULL", (tenant_id,)).fetchone():
                 raise NotFound("the tenant of this upload was deleted", param="tenant")
             db.execute(
                 "INSERT INTO models (tenant, name, active, last_version, created) VALUES (?, ?, 1, 0, ?) "
