@@ -142,3 +142,17 @@ def test_over_any_hour_no_more_runs_than_the_limit_and_one_bucket(door: Door, cl
         ran, tokens = ran + 1, tokens + prompt + answer
     assert ran <= 30 * 61
     assert 600 * 55 < tokens <= 600 * 61 + 40, "and hardly less: the bucket is emptied as it fills"
+
+
+def test_uploads_at_once_fit_into_what_may_be_stored(door: Door) -> None:
+    limits = Limits(max_bytes=100)
+    with door.gate.upload(ME, limits, 60):
+        with door.gate.upload(ME, limits, 40), door.gate.upload(OTHER, limits, 100):
+            pass
+        assert refused(lambda: door.gate.upload(ME, limits, 41).__enter__()).retry_after_s == 1
+        with pytest.raises(RuntimeError), door.gate.upload(ME, limits, 40):
+            raise RuntimeError
+    with door.gate.upload(ME, limits, 100):
+        pass
+    with door.gate.upload(ME, Limits(), 10**12), door.gate.upload(ME, Limits(), 10**12):
+        pass

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from deltaserve.api.deps import CallerDep, Services, ServicesDep
 from deltaserve.api.schemas import Text, Wire
-from deltaserve.deltas.store import Destination
+from deltaserve.deltas.store import Destination, Stored
 from deltaserve.errors import ArtifactTooLarge, NameConflict, PermissionDenied
 from deltaserve.tenants.accounts import Caller
 from deltaserve.tenants.models import Canary, Change, Condition, Model, Version, check_name, missing
@@ -84,6 +84,23 @@ def _destination(services: Services, caller: Caller, called: str, activate: bool
     return Destination(owner, name, str(caller), activate, when)
 
 
+async def _receive(services: Services, http: Request, to: Destination, max_bytes: int, sha256: str | None) -> Stored:
+    """The body, to the disk, checked, and stored; nothing of it stays if any of that fails."""
+    in_pool = partial(asyncio.get_running_loop().run_in_executor, services.upload_pool)  # requests have other threads
+    upload = await in_pool(services.intake.begin, max_bytes)
+    try:
+        pending = bytearray()
+        async for piece in http.stream():
+            pending += piece
+            if len(pending) >= PIECE_BYTES:
+                await in_pool(upload.write, bytes(pending))
+                pending.clear()
+        await in_pool(upload.write, bytes(pending))
+        return await in_pool(services.intake.accept, to, upload, sha256)
+    finally:
+        await asyncio.shield(in_pool(upload.close))
+
+
 @changing.put("/v1/deltas/{name:path}")
 async def upload_delta(
     name: str,
@@ -104,19 +121,9 @@ async def upload_delta(
     most = services.intake.max_bytes if quota is None else min(services.intake.max_bytes, quota)
     if declared.isdigit() and int(declared) > most:
         raise ArtifactTooLarge(f"{declared} bytes; at most {most} are accepted")
-    in_pool = partial(asyncio.get_running_loop().run_in_executor, services.upload_pool)  # requests have other threads
-    upload = await in_pool(services.intake.begin, most)
-    try:
-        pending = bytearray()
-        async for piece in http.stream():
-            pending += piece
-            if len(pending) >= PIECE_BYTES:
-                await in_pool(upload.write, bytes(pending))
-                pending.clear()
-        await in_pool(upload.write, bytes(pending))
-        stored = await in_pool(services.intake.accept, to, upload, sha256)
-    finally:
-        await asyncio.shield(in_pool(upload.close))
+    num_bytes = int(declared) if declared.isdigit() else most
+    with services.gate.upload(to.owner.id, to.owner.limits, num_bytes):
+        stored = await _receive(services, http, to, most, sha256)
     await asyncio.to_thread(services.keep_pinned)
     card = _card(services, caller, stored.model, stored.version)
     return _reply(card, stored.model, 201 if stored.is_new_name else 200)

@@ -81,6 +81,7 @@ class _Account:
         self.requests: _Bucket | None = None
         self.tokens: _Bucket | None = None
         self.concurrent = 0
+        self.uploading = 0  # bytes
 
     def refill(self, limits: Limits, now: float) -> None:
         self.requests = _refilled(self.requests, limits.requests_per_minute, now)
@@ -155,6 +156,23 @@ class Gate:
                 account.requests.level -= 1
                 headers.update(account.headers())
         return Ticket(self, tenant_id, limits, headers)
+
+    @contextmanager
+    def upload(self, tenant_id: int, limits: Limits, num_bytes: int) -> Iterator[None]:
+        """While an upload of so many bytes at most is under way. Raises RateLimited where all of a tenant's together
+        would be over `max_bytes`: so the disk never holds more than twice that of it."""
+        with self.account(tenant_id, limits) as account:
+            if limits.max_bytes is not None and account.uploading + num_bytes > limits.max_bytes:
+                raise RateLimited(
+                    f"uploads of {account.uploading} bytes are under way, and this tenant may store {limits.max_bytes}",
+                    retry_after_s=1,
+                )
+            account.uploading += num_bytes
+        try:
+            yield
+        finally:
+            with self.account(tenant_id, limits) as account:
+                account.uploading -= num_bytes
 
     @contextmanager
     def account(self, tenant_id: int, limits: Limits) -> Iterator[_Account]:
