@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -66,6 +67,22 @@ def test_a_key_without_the_scope_is_a_permission_error_and_a_wrong_one_an_authen
     assert caught.value.code == "insufficient_permissions"
     with town.server.client(api_key="ds-wrong") as stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
+
+
+def test_tenants_ask_at_the_same_time_and_each_hears_its_own(acme: Any, globex: Any, town: Any) -> None:
+    expected = {"acme": text(acme, "mine"), "globex": text(globex, "mine")}
+
+    async def ask(client: openai.AsyncOpenAI) -> str:
+        stream = await client.completions.create(model="mine", prompt="Many", max_tokens=12, temperature=0, stream=True)
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def all_at_once() -> list[str]:
+        keys = [town.new_key(tenant, "inference")["key"] for tenant in expected]
+        clients = [openai.AsyncOpenAI(base_url=f"{town.server.url}/v1", api_key=key, max_retries=0) for key in keys]
+        async with clients[0], clients[1]:
+            return await asyncio.gather(*(ask(client) for client in clients * 6))
+
+    assert asyncio.run(all_at_once()) == list(expected.values()) * 6
 
 
 def test_limits_are_headers_and_a_rate_limit_error(town: Any) -> None:
