@@ -113,8 +113,17 @@ def build_services(settings: Settings) -> Services:
         residency,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_seqs_per_tenant=settings.max_num_seqs_per_tenant,
+        weights=settings.tenant_weights,
     )
-    engine = parts["engine"] = Engine(scheduler, runner, metrics, max_num_queued=settings.max_num_queued_reqs)
+    queued_each = settings.max_num_queued_reqs_per_tenant
+    engine = parts["engine"] = Engine(
+        scheduler,
+        runner,
+        metrics,
+        max_num_queued=settings.max_num_queued_reqs,
+        max_num_queued_per_tenant=(settings.max_num_queued_reqs + 1) // 2 if queued_each is None else queued_each,
+    )
     engine.start()
     services = Services(
         settings=settings,

@@ -7,12 +7,13 @@ error: a typo must not be ignored.
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from deltaserve.errors import BadRequest
 
@@ -24,6 +25,17 @@ def cache_dir() -> Path:
     """Where converted and downloaded bases are kept: DELTASERVE_CACHE_DIR, else ~/.cache/deltaserve."""
     named = os.environ.get("DELTASERVE_CACHE_DIR")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "deltaserve"
+
+
+def _weights(given: Any) -> Any:
+    """NAME=WEIGHT,… as a mapping. Raises ValueError for what is not over 0."""
+    if not isinstance(given, str):
+        return given
+    pairs = [pair.partition("=") for pair in given.split(",") if pair.strip()]
+    weights = {name.strip(): float(weight) for name, _, weight in pairs}
+    if any(not 0 < weight < math.inf for weight in weights.values()):
+        raise ValueError("a weight is a number over 0")
+    return weights
 
 
 class Settings(BaseSettings):
@@ -51,6 +63,15 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = Field(1024, ge=16, le=2**20, description="tokens of one step, prompts included")
     max_model_len: int | None = Field(None, ge=2, description="longest prompt + answer (default: the model's, ≤ 8192)")
     max_num_queued_reqs: int = Field(256, ge=0, description="requests that wait; beyond it 429")
+    max_num_seqs_per_tenant: int | None = Field(
+        None, ge=1, description="of those that run, at most this many of one tenant (default: no bound)"
+    )
+    max_num_queued_reqs_per_tenant: int | None = Field(
+        None, ge=0, description="of those that wait, at most this many of one tenant (default: half)"
+    )
+    tenant_weights: Annotated[dict[str, float], NoDecode, BeforeValidator(_weights)] = Field(
+        {}, description="share of a tenant when many wait, 1 where none is named: acme=4,other=0.5"
+    )
     kv_cache_tokens: int | None = Field(None, ge=16, description="tokens the KV cache holds (default: 1/4 of memory)")
     block_size: int = Field(16, ge=1, le=256, description="tokens of one KV block")
     max_deltas: int = Field(32, ge=1, le=4096, description="deltas resident on the device")

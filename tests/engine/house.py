@@ -138,11 +138,19 @@ class Client:
 class House:
     """An engine over a fake runner. On the way out: everything was given back."""
 
-    def __init__(self, *, queue: int = 64, seats: int = 4, blocks: int = 64, budget: int = 64) -> None:
+    def __init__(
+        self, *, queue: int = 64, each: int | None = None, seats: int = 4, blocks: int = 64, budget: int = 64
+    ) -> None:
         self.gate, self.runner, self.metrics = Gate(), FakeRunner(), Metrics("test")
         self.blocks = BlockPool(blocks, 4)
         scheduler = Scheduler(self.blocks, self.gate, max_num_seqs=seats, max_num_batched_tokens=budget)
-        self.engine = Engine(scheduler, self.runner, self.metrics, max_num_queued=queue)  # type: ignore[arg-type]
+        self.engine = Engine(
+            scheduler,
+            self.runner,  # type: ignore[arg-type]
+            self.metrics,
+            max_num_queued=queue,
+            max_num_queued_per_tenant=each,
+        )
         self.engine.start()
 
     def client(self, **options: Any) -> Client:
@@ -155,4 +163,5 @@ class House:
         assert self.blocks.num_free == self.blocks.num_blocks
         assert not +self.gate.pins
         assert (self.engine.num_running, self.engine.num_waiting) == (0, 0)
+        assert not self.engine._live
         assert not self.runner.generators._by_request

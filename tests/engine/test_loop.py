@@ -238,6 +238,27 @@ def test_a_full_queue_takes_all_of_a_submission_or_none(make_house: Callable[...
     assert not clients[6].events
 
 
+def test_one_tenant_fills_its_part_of_the_queue_and_the_others_are_still_taken(
+    make_house: Callable[..., House],
+) -> None:
+    house = make_house(queue=6, each=2, seats=1)
+    house.runner.hold.clear()
+    first = house.client().submit()
+    assert house.runner.entered.wait(WAIT_S)
+    flood = [house.client(digest="away") for _ in range(4)]
+    house.engine.submit([client.request for client in flood[:2]])
+    with pytest.raises(QueueFull, match="2 of your requests are waiting and at most 2 of one tenant may"):
+        flood[2].submit()
+    others = [house.client().submit() for _ in range(2)]
+    assert house.engine.num_waiting == 4
+    house.gate.slots["away"] = 0
+    house.runner.hold.set()
+    house.engine.wake()
+    for client in (first, *flood[:2], *others):
+        assert client.wait().finish_reason == FinishReason.LENGTH
+    assert flood[3].submit().wait().finish_reason == FinishReason.LENGTH
+
+
 def test_a_request_that_outgrows_the_cache_fails_and_the_next_one_runs(make_house: Callable[..., House]) -> None:
     house = make_house(blocks=2)
     large, small = house.client(max_tokens=100).submit(), house.client().submit()

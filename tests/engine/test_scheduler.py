@@ -155,14 +155,20 @@ def test_chunks_come_sorted_by_slot_with_the_base_first() -> None:
     assert [chunk.request.slot for chunk in plan(scheduler)] == [-1, -1, 0, 1, 2, 2]
 
 
-def test_a_failed_load_is_told_for_its_request_alone_and_once() -> None:
+def test_a_failed_load_is_told_to_all_that_wait_for_it_and_to_nobody_else() -> None:
     gate = Gate({"good": 0}, broken=["bad"])
-    bad, good, again = make_request(4, "bad"), make_request(4, "good"), make_request(4, "bad")
-    scheduler = make(bad, good, again, gate=gate)
+    bad, good, too = make_request(4, "bad"), make_request(4, "good"), make_request(4, "bad")
+    scheduler = make(bad, good, too, gate=gate)
     chunks, failed = scheduler.plan()
-    assert [(request.id, type(error)) for request, error in failed] == [(bad.id, DeltaLoadFailed)]
+    assert [(request.id, type(error)) for request, error in failed] == [
+        (bad.id, DeltaLoadFailed),
+        (too.id, DeltaLoadFailed),
+    ]
     assert list(spans(chunks)) == [good.id]
-    scheduler.remove(bad)
+    for request, _ in failed:
+        scheduler.remove(request)
+    again = make_request(4, "bad")
+    scheduler.add(again)
     assert scheduler.plan()[1] == []
     assert list(scheduler.waiting) == [again]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -28,15 +28,24 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Thread-safe: submit, cancel, wake, stop. Everything else happens on its own thread."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, metrics: Metrics, *, max_num_queued: int) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        metrics: Metrics,
+        *,
+        max_num_queued: int,
+        max_num_queued_per_tenant: int | None = None,
+    ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._metrics = metrics
         self._max_num_queued = max_num_queued
+        self._most_queued = max_num_queued if max_num_queued_per_tenant is None else max_num_queued_per_tenant
         self._work = threading.Condition()
         self._arrived: deque[Request] = deque()
         self._cancelled: set[RequestId] = set()
-        self._num_live = 0
+        self._live: Counter[str] = Counter()  # requests of each party that have not ended
         self._stopping = False
         self._changed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -54,17 +63,23 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        return max(self._num_live - len(self._scheduler.running), 0)
+        with self._work:
+            return max(self._live.total() - len(self._scheduler.running), 0)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """All of them or none. Raises QueueFull, Draining."""
+        """All of them, which are of one party, or none. Raises QueueFull, Draining."""
         with self._work:
             if self._stopping or not self._thread.is_alive():
                 raise Draining("the server is shutting down")
-            if self.num_waiting + len(requests) > self._max_num_queued + self._scheduler.num_free_seats:
+            party, free = requests[0].party, self._scheduler.num_free_seats
+            own = max(self._live[party] - self._scheduler.seats[party], 0)
+            if own + len(requests) > self._most_queued + free:
+                self._metrics.rejections.inc()
+                raise QueueFull(f"{own} of your requests are waiting and at most {self._most_queued} of one tenant may")
+            if self.num_waiting + len(requests) > self._max_num_queued + free:
                 self._metrics.rejections.inc()
                 raise QueueFull(f"{self.num_waiting} requests are waiting and at most {self._max_num_queued} may")
-            self._num_live += len(requests)
+            self._live[party] += len(requests)
             self._arrived.extend(requests)
             self._notify()
 
@@ -207,7 +222,8 @@ class Engine:
         self._scheduler.remove(request)
         self._runner.generators.forget(request)
         with self._work:
-            self._num_live -= 1
+            self._live[request.party] -= 1
+            self._live += Counter()  # without those that have nothing left
         self._metrics.finished(reason.value)
         now = time.monotonic()
         self._metrics.e2e_latency.observe(now - request.arrival_s)

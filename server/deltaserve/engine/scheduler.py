@@ -1,19 +1,24 @@
 """Which tokens run in the next step. Plain counting: no tensors, no HTTP.
 
 There is no prefill and no decode phase: a request has tokens that the KV cache lacks, and a step computes some,
-at most `max_num_batched_tokens` over all requests. Running requests come first, then waiting ones by arrival. A
-waiting request whose delta is not on the device yet is skipped, never the ones behind it. When blocks run out, the
-request that was let in last gives its blocks back and is computed again later; one that all blocks together cannot hold
-fails, so that it does not wait for ever before the others.
+at most `max_num_batched_tokens` over all requests. Those that lack one token, the last sampled, come first; then
+prompts, running and waiting ones, by the turn of their party (engine.fairness).
+
+A waiting request whose delta is not on the device yet is skipped, never the ones behind it. When seats or blocks run
+out, a party that has fewer than its share takes those of the newest request of the party that has the most; when a
+running request finds no block, the same one gives its own back. Whoever gives way is computed again later. A request
+that all blocks together cannot hold fails, so that it does not wait for ever before the others.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+import heapq
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from deltaserve.engine.blocks import BlockPool
+from deltaserve.engine.fairness import FairQueue
 from deltaserve.engine.types import DeltaGate, Request
 from deltaserve.errors import ContextLengthExceeded, DeltaServeError
 from deltaserve.ids import BASE_SLOT
@@ -32,15 +37,36 @@ class Chunk:
         return self.start + self.num_tokens == len(self.request.tokens)
 
 
+@dataclass
+class StepPlan:
+    """A step as it is put together."""
+
+    left: int  # tokens
+    full: bool = False  # the one whose turn it is lacks blocks, and nobody overtakes it
+    chunks: dict[Request, Chunk] = field(default_factory=dict)
+    failed: dict[Request, DeltaServeError] = field(default_factory=dict)
+
+
 class Scheduler:
-    def __init__(self, blocks: BlockPool, gate: DeltaGate, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockPool,
+        gate: DeltaGate,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_num_seqs_per_tenant: int | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         self.blocks = blocks
-        self.waiting: deque[Request] = deque()
+        self.waiting = FairQueue(weights or {})
         self.running: list[Request] = []
+        self.seats: Counter[str] = Counter()  # running requests of each party
         self.num_preemptions = 0
         self._gate = gate
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._most_seats = max_num_seqs_per_tenant or max_num_seqs
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -54,57 +80,108 @@ class Scheduler:
         return max(self._max_num_seqs - len(self.running), 0)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def remove(self, request: Request) -> None:
         """Takes a request out, wherever it is; its blocks and its pin are free again. Harmless if it is not there."""
         if request in self.running:
-            self.running.remove(request)
+            self._leave(request)
         elif request in self.waiting:
             self.waiting.remove(request)
         self.blocks.release(request)
-        if request.pinned:
-            self._gate.unpin(request.slot)
-            request.pinned = False
-        request.slot = BASE_SLOT
+        self._unpin(request)
 
     def plan(self) -> tuple[list[Chunk], list[tuple[Request, DeltaServeError]]]:
         """The next step's chunks, sorted by slot; and waiting requests that cannot be served, to be removed."""
-        budget = self._max_num_batched_tokens
-        chunks: list[Chunk] = []
-        failed: list[tuple[Request, DeltaServeError]] = []
-        for request in list(self.running):
-            if request not in self.running:  # preempted by an earlier one of this loop
+        plan = StepPlan(self._max_num_batched_tokens)
+        for request in [r for r in self.running if r.num_pending == 1]:
+            if plan.left and request in self.running and self._grow_or_preempt(plan, request):
+                self._take(plan, request)
+        pending: dict[str, deque[Request]] = {}
+        for request in [*(r for r in self.running if r.num_pending > 1), *self.waiting]:
+            pending.setdefault(request.party, deque()).append(request)
+        turns = [(*self._turn(party), party) for party in pending]
+        heapq.heapify(turns)
+        while turns and plan.left:
+            *_, party = heapq.heappop(turns)
+            if self._take_first(plan, pending[party]):
+                heapq.heappush(turns, (*self._turn(party), party))
+        return sorted(plan.chunks.values(), key=lambda chunk: chunk.request.slot), list(plan.failed.items())
+
+    def _turn(self, party: str) -> tuple[float, int, int]:
+        counter, since = self.waiting.turn(party)
+        return counter, self.seats[party], since
+
+    def _take_first(self, plan: StepPlan, pending: deque[Request]) -> bool:
+        """A chunk of the first of one party's requests that can run; False if none can."""
+        while pending:
+            request = pending.popleft()
+            if request in plan.failed or (request in self.waiting and not self._admit(plan, request, pending)):
                 continue
-            size = min(request.num_pending, budget)
-            if size and self._grow_or_preempt(request, request.num_computed + size):
-                chunks.append(Chunk(request, request.num_computed, size))
-                budget -= size
-        for request in list(self.waiting):
-            if not budget or len(self.running) >= self._max_num_seqs:
-                break
-            if self.blocks.blocks_for(len(request.tokens)) > self.blocks.num_blocks:
-                room = self.blocks.num_blocks * self.blocks.block_size
-                error = f"{len(request.tokens)} tokens, but the KV cache has room for {room}"
-                failed.append((request, ContextLengthExceeded(error)))
-                continue
-            try:
-                admitted = self._try_pin(request)
-            except DeltaServeError as failure:
-                failed.append((request, failure))
-                continue
-            if not admitted:
-                continue
-            size = min(request.num_pending, budget)
-            # Room for the whole request as it stands, so that a large prompt does not evict what it just let in.
-            if not self.blocks.try_grow(request, len(request.tokens)):
+            if request in self.running and request not in plan.chunks:
+                self._take(plan, request)
+                return True
+        return False
+
+    def _take(self, plan: StepPlan, request: Request) -> None:
+        """What was computed before and given back is not charged again."""
+        chunk = Chunk(request, request.num_computed, min(request.num_pending, plan.left))
+        plan.left -= chunk.num_tokens
+        plan.chunks[request] = chunk
+        end = min(chunk.start + chunk.num_tokens, len(request.prompt_ids))
+        new = max(end - max(chunk.start, request.num_charged), 0)
+        request.num_charged += new
+        self.waiting.charge(request.party, new, chunk.samples)
+
+    def _admit(self, plan: StepPlan, request: Request, behind: deque[Request]) -> bool:
+        """Lets a waiting request in. Where it lacks a seat or blocks, those of its party `behind` it wait too."""
+        num_blocks = self.blocks.blocks_for(len(request.tokens))
+        if num_blocks > self.blocks.num_blocks:
+            room = self.blocks.num_blocks * self.blocks.block_size
+            error = f"{len(request.tokens)} tokens, but the KV cache has room for {room}"
+            plan.failed[request] = ContextLengthExceeded(error)
+            return False
+        if plan.full or self.seats[request.party] >= self._most_seats or self._to_give_way(request.party, 0) is None:
+            behind.clear()
+            return False
+        had_pin = request.pinned
+        try:
+            if not self._try_pin(request):
+                return False
+        except DeltaServeError as failure:
+            plan.failed |= {other: failure for other in self.waiting if other.digest == request.digest}
+            return False
+        # Room for the whole request as it stands, so that a large prompt does not evict what it just let in.
+        victims = self._to_give_way(request.party, num_blocks)
+        for victim in victims or ():
+            self._preempt(plan, victim)
+        if victims is None or not self.blocks.try_grow(request, len(request.tokens)):
+            if not had_pin:
                 self._unpin(request)
-                break
-            self.waiting.remove(request)
-            self.running.append(request)
-            chunks.append(Chunk(request, request.num_computed, size))
-            budget -= size
-        return sorted(chunks, key=lambda chunk: chunk.request.slot), failed
+            plan.full = True
+            behind.clear()
+            return False
+        self.waiting.remove(request)
+        self.running.append(request)
+        self.seats[request.party] += 1
+        return True
+
+    def _to_give_way(self, party: str, num_blocks: int) -> list[Request] | None:
+        """Running requests whose seats and blocks would give `party` one seat more and `num_blocks` blocks: of parties
+        that were served more and then still have as many seats as it, by weight. None if that cannot be had."""
+        queue, victims, seats = self.waiting, list[Request](), self.seats.copy()
+        share = (seats[party] + 1) / queue.weight(party)
+        served_more = [other for other in seats if seats[other] and queue.counter(other) > queue.counter(party)]
+        free_seats, free_blocks = self.num_free_seats, self.blocks.num_free
+        while not free_seats or free_blocks < num_blocks:
+            most = max(served_more, key=lambda other: (seats[other] - 1) / queue.weight(other), default=party)
+            seats[most] -= 1
+            if most == party or seats[most] / queue.weight(most) < share:
+                return None
+            victims.append(next(r for r in reversed(self.running) if r.party == most and r not in victims))
+            free_seats += 1
+            free_blocks += len(victims[-1].blocks)
+        return victims
 
     def _try_pin(self, request: Request) -> bool:
         if request.digest is None or request.pinned:
@@ -116,23 +193,36 @@ class Scheduler:
         return True
 
     def _unpin(self, request: Request) -> None:
-        if request.pinned and not request.num_generated:
+        if request.pinned:
             self._gate.unpin(request.slot)
-            request.slot, request.pinned = BASE_SLOT, False
+        request.slot, request.pinned = BASE_SLOT, False
 
-    def _grow_or_preempt(self, request: Request, num_tokens: int) -> bool:
-        while not self.blocks.try_grow(request, num_tokens):
-            victim = self.running[-1]
-            self._preempt(victim)
+    def _grow_or_preempt(self, plan: StepPlan, request: Request) -> bool:
+        while not self.blocks.try_grow(request, len(request.tokens)):
+            most = max(self.seats[r.party] / self.waiting.weight(r.party) for r in self.running)
+            victim = next(
+                r for r in reversed(self.running) if self.seats[r.party] / self.waiting.weight(r.party) == most
+            )
+            self._preempt(plan, victim)
             if victim is request:
                 return False
         return True
 
-    def _preempt(self, victim: Request) -> None:
-        """Back to the head of the queue. It keeps its tokens and its pin: a running request's delta never leaves."""
-        self.running.remove(victim)
+    def _preempt(self, plan: StepPlan, victim: Request) -> None:
+        """Back to the head of its queue. It keeps its tokens and its pin: a running request's delta never leaves."""
+        chunk = plan.chunks.pop(victim, None)
+        if chunk is not None:
+            plan.left += chunk.num_tokens
+            self.waiting.charge(victim.party, 0, -chunk.samples)
+        self._leave(victim)
         self.blocks.release(victim)
         victim.num_computed = 0
         victim.prompt_reports.clear()
-        self.waiting.appendleft(victim)
+        self.waiting.put_back(victim)
         self.num_preemptions += 1
+
+    def _leave(self, request: Request) -> None:
+        self.running.remove(request)
+        self.seats[request.party] -= 1
+        if not self.seats[request.party]:
+            del self.seats[request.party]

@@ -96,6 +96,7 @@ class Request:
     tenant: str = ""  # opaque: whose it is, "" = nobody in particular
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_charged: int = 0  # tokens of the prompt that its party's counter knows of
     blocks: list[int] = field(default_factory=list)
     slot: Slot = BASE_SLOT
     pinned: bool = False
@@ -107,6 +108,11 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt_ids)
+
+    @property
+    def party(self) -> str:
+        """Whom fairness counts this request for: its tenant, else its model."""
+        return self.tenant or self.digest or ""
 
     @property
     def num_generated(self) -> int:
