@@ -106,7 +106,7 @@ def build_services(settings: Settings) -> Services:
 
     intake = Intake(store, base, [model.check_servable, check_template], settings.max_upload_bytes)
     runner = Runner(model, residency.slots, settings.block_size)
-    blocks = BlockPool(num_blocks, settings.block_size)
+    blocks = BlockPool(num_blocks, settings.block_size, os.urandom(32) if settings.prefix_caching else None)
     _warm_up(runner, model, text, blocks)
     scheduler = Scheduler(
         blocks,

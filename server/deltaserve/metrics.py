@@ -28,6 +28,8 @@ class Metrics:
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "prompt tokens computed")
         self.generation_tokens = self._counter("vllm:generation_tokens", "tokens generated")
         self.preemptions = self._counter("vllm:num_preemptions", "requests put back for lack of KV blocks")
+        self.prefix_queries = self._counter("vllm:prefix_cache_queries", "prompt tokens looked up in the prefix cache")
+        self.prefix_hits = self._counter("vllm:prefix_cache_hits", "prompt tokens whose KV was found there")
         self.rejections = self._counter("vllm:admission_rejections", "requests refused because the queue was full")
         self.requests = Counter(
             "vllm:request_success",

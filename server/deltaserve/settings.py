@@ -73,6 +73,7 @@ class Settings(BaseSettings):
         {}, description="share of a tenant when many wait, 1 where none is named: acme=4,other=0.5"
     )
     kv_cache_tokens: int | None = Field(None, ge=16, description="tokens the KV cache holds (default: 1/4 of memory)")
+    prefix_caching: bool = Field(True, description="keep the KV of prompts and answers for those that begin alike")
     block_size: int = Field(16, ge=1, le=256, description="tokens of one KV block")
     max_deltas: int = Field(32, ge=1, le=4096, description="deltas resident on the device")
     max_cpu_deltas: int = Field(128, ge=1, description="deltas kept packed in host memory")

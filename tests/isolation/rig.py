@@ -104,10 +104,11 @@ class Rig:
         num_blocks: int | None = None,
         max_num_seqs: int = 16,
         budget: int = 64,
+        salt: bytes | None = None,
     ) -> None:
         block_size = block_size or (PAGE if isinstance(model, NativeModel) else 4)
         self.model = model
-        self.blocks = BlockPool(num_blocks or model.kv_slots // block_size, block_size)
+        self.blocks = BlockPool(num_blocks or model.kv_slots // block_size, block_size, salt)
         self.scheduler = Scheduler(self.blocks, gate, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
         self.runner = RecordingRunner(model, slots, block_size)
         self.ready = threading.Event()  # set by residency: something was loaded

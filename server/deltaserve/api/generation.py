@@ -51,6 +51,7 @@ class Generation:
         self.n = body.n or 1
         self.prompts: list[list[int]] = []
         self.completion_tokens = 0
+        self._cached: dict[int, int] = {}  # of each choice that has ended: tokens of its prompt that were not computed
         self.profile: Profile = services.text.base_profile
         self._first: tuple[int, Event] | None = None
 
@@ -124,15 +125,24 @@ class Generation:
         return f"{base}-{self.digest[:12]}" if self.digest else base
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
+        """A prompt counts once, and as cached what none of its choices computed."""
         prompt = sum(map(len, self.prompts))
         done = self.completion_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": done, "total_tokens": prompt + done}
+        choices = [range(i * self.n, (i + 1) * self.n) for i in range(len(self.prompts))]
+        cached = sum(min(self._cached.get(index, 0) for index in own) for own in choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": done,
+            "total_tokens": prompt + done,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
 
     async def _next(self) -> tuple[int, Event]:
         index, event = await self._events.get()
         self.completion_tokens += len(event.token_ids)
         if event.finish_reason is not None:
+            self._cached[index] = event.num_cached
             self._live.pop(index, None)
         if event.error is not None:
             raise event.error

@@ -33,6 +33,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         text = f"{field.description}{default}".replace("%", "%%")
         if name == "base":
             serve_parser.add_argument("base", nargs="?", metavar="BASE", help=text)
+        elif field.annotation is bool:
+            flag = f"--{name.replace('_', '-')}"
+            serve_parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             serve_parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=text)
     serve_parser.set_defaults(run=serve)

@@ -219,7 +219,7 @@ class Engine:
         if request.finished:
             return
         request.finished = True
-        self._scheduler.remove(request)
+        self._scheduler.remove(request, sound=error is None)
         self._runner.generators.forget(request)
         with self._work:
             self._live[request.party] -= 1
@@ -236,7 +236,7 @@ class Engine:
         self._metrics.request_generation_tokens.observe(request.num_generated)
         last = event or Event()
         try:
-            request.emit(replace(last, finish_reason=reason, error=error))
+            request.emit(replace(last, finish_reason=reason, error=error, num_cached=request.num_cached or 0))
         except Exception:
             logger.exception("nobody hears the end of request %s", request.id)
 
@@ -249,6 +249,9 @@ class Engine:
             if request.first_scheduled_s is None:
                 request.first_scheduled_s = began
                 self._metrics.queue_time.observe(began - request.arrival_s)
+                if self._scheduler.blocks.caching:
+                    self._metrics.prefix_queries.inc(len(request.prompt_ids))
+                    self._metrics.prefix_hits.inc(request.num_cached or 0)
 
     def _observe_token(self, request: Request, now: float) -> None:
         self._metrics.generation_tokens.inc()

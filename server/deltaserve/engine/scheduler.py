@@ -82,18 +82,21 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.waiting.add(request)
 
-    def remove(self, request: Request) -> None:
-        """Takes a request out, wherever it is; its blocks and its pin are free again. Harmless if it is not there."""
+    def remove(self, request: Request, *, sound: bool = True) -> None:
+        """Takes a request out, wherever it is; its blocks and its pin are free again. Harmless if it is not there. What
+        it computed is found by others if it is `sound`."""
         if request in self.running:
             self._leave(request)
         elif request in self.waiting:
             self.waiting.remove(request)
-        self.blocks.release(request)
+        self.blocks.release(request, sound=sound)
         self._unpin(request)
 
     def plan(self) -> tuple[list[Chunk], list[tuple[Request, DeltaServeError]]]:
         """The next step's chunks, sorted by slot; and waiting requests that cannot be served, to be removed."""
         plan = StepPlan(self._max_num_batched_tokens)
+        for request in self.running:
+            self.blocks.publish(request)  # the last step's
         for request in [r for r in self.running if r.num_pending == 1]:
             if plan.left and request in self.running and self._grow_or_preempt(plan, request):
                 self._take(plan, request)
@@ -135,8 +138,7 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, request: Request, behind: deque[Request]) -> bool:
         """Lets a waiting request in. Where it lacks a seat or blocks, those of its party `behind` it wait too."""
-        num_blocks = self.blocks.blocks_for(len(request.tokens))
-        if num_blocks > self.blocks.num_blocks:
+        if self.blocks.blocks_for(len(request.tokens)) > self.blocks.num_blocks:
             room = self.blocks.num_blocks * self.blocks.block_size
             error = f"{len(request.tokens)} tokens, but the KV cache has room for {room}"
             plan.failed[request] = ContextLengthExceeded(error)
@@ -152,15 +154,17 @@ class Scheduler:
             plan.failed |= {other: failure for other in self.waiting if other.digest == request.digest}
             return False
         # Room for the whole request as it stands, so that a large prompt does not evict what it just let in.
-        victims = self._to_give_way(request.party, num_blocks)
+        victims = self._to_give_way(request.party, self.blocks.num_lacking(request))
         for victim in victims or ():
             self._preempt(plan, victim)
-        if victims is None or not self.blocks.try_grow(request, len(request.tokens)):
+        if victims is None or not self.blocks.try_start(request):
             if not had_pin:
                 self._unpin(request)
             plan.full = True
             behind.clear()
             return False
+        if request.num_cached is None:
+            request.num_cached = request.num_computed
         self.waiting.remove(request)
         self.running.append(request)
         self.seats[request.party] += 1

@@ -62,6 +62,7 @@ class Event:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token or string that ended it
+    num_cached: int = 0  # the last one tells how many tokens of the prompt were not computed
     error: DeltaServeError | None = None
 
 
@@ -97,7 +98,9 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_charged: int = 0  # tokens of the prompt that its party's counter knows of
+    num_cached: int | None = None  # tokens of the prompt whose KV was found when it first ran
     blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)  # of the first of them (engine.blocks)
     slot: Slot = BASE_SLOT
     pinned: bool = False
     first_scheduled_s: float | None = None
