@@ -84,10 +84,17 @@ def build_services(settings: Settings) -> Services:
     residency = Residency(
         lambda digest: store.path(digest),
         device,
-        Limits(settings.max_deltas, settings.max_cpu_deltas, settings.max_delta_bytes, settings.max_cpu_delta_bytes),
+        Limits(
+            settings.max_deltas,
+            settings.max_cpu_deltas,
+            settings.max_delta_bytes,
+            settings.max_cpu_delta_bytes,
+            settings.delta_quantum_s,
+            settings.max_delta_wait_s,
+        ),
         load=model.load_delta,
         on_ready=lambda: parts["engine"].wake(),
-        on_loaded=metrics.delta_load_seconds.observe,
+        on_loaded=lambda tier, seconds: metrics.delta_load_seconds.labels(metrics.model_name, tier).observe(seconds),
     )
     store = DeltaStore(
         registry, keep_versions=settings.keep_versions, on_removed=lambda digest: residency.discard([digest])

@@ -24,7 +24,7 @@ class Metrics:
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
-        self._model_name = model_name
+        self.model_name = model_name
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "prompt tokens computed")
         self.generation_tokens = self._counter("vllm:generation_tokens", "tokens generated")
         self.preemptions = self._counter("vllm:num_preemptions", "requests put back for lack of KV blocks")
@@ -52,7 +52,15 @@ class Metrics:
         self.request_generation_tokens = self._histogram("vllm:request_generation_tokens", "answer tokens", TOKENS)
         self.iteration_tokens = self._histogram("vllm:iteration_tokens_total", "tokens a step", TOKENS)
         self.step_seconds = self._histogram("deltaserve:step_seconds", "one forward pass and its sampling", SECONDS)
-        self.delta_load_seconds = self._histogram("deltaserve:delta_load_seconds", "disk to device", SECONDS)
+        self.delta_load_seconds = Histogram(
+            "deltaserve:delta_load_seconds",
+            "moves of a delta, by the tier it came from: disk to host, host to device",
+            ["model_name", "tier"],
+            registry=self.registry,
+            buckets=SECONDS,
+        )
+        for tier in ("disk", "host"):
+            self.delta_load_seconds.labels(model_name, tier)  # there from the start
         self.http_seconds = Histogram(
             "http_request_duration_seconds",
             "HTTP requests, streams to their end",
@@ -85,11 +93,11 @@ class Metrics:
             counter.labels(*pair).inc(amount)
 
     def finished(self, reason: str) -> None:
-        self.requests.labels(self._model_name, reason).inc()
+        self.requests.labels(self.model_name, reason).inc()
 
     def read_gauges_from(self, reader: GaugeReader) -> None:
         """`reader` is asked at every scrape."""
-        self.registry.register(_Gauges(reader, self._model_name))
+        self.registry.register(_Gauges(reader, self.model_name))
 
     def render(self) -> bytes:
         """The text exposition format."""
@@ -97,11 +105,11 @@ class Metrics:
 
     def _counter(self, name: str, text: str) -> Counter:
         counter = Counter(name, text, ["model_name"], registry=self.registry)
-        return counter.labels(self._model_name)
+        return counter.labels(self.model_name)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         histogram = Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets)
-        return histogram.labels(self._model_name)
+        return histogram.labels(self.model_name)
 
 
 class _Gauges(Collector):

@@ -79,6 +79,10 @@ class Settings(BaseSettings):
     max_cpu_deltas: int = Field(128, ge=1, description="deltas kept packed in host memory")
     max_delta_bytes: int | None = Field(None, ge=1, description="bytes of deltas on the device (default: no bound)")
     max_cpu_delta_bytes: int | None = Field(None, ge=1, description="bytes of deltas in host memory")
+    delta_quantum_s: float = Field(1.0, ge=0, description="seconds a delta keeps its place while others wait for one")
+    max_delta_wait_s: float = Field(
+        30.0, ge=0, description="seconds a delta waits for those in use to end; then they wait for it"
+    )
     max_upload_bytes: int = Field(16 * 2**30, ge=1, description="largest artifact that is accepted")
     keep_versions: int = Field(3, ge=1, le=1000, description="versions of a model that stay, to roll back to")
     shutdown_timeout_s: int = Field(30, ge=0, description="seconds that running requests get after SIGTERM")

@@ -12,6 +12,8 @@ COUNTERS = [
     "vllm:generation_tokens_total",
     "vllm:num_preemptions_total",
     "vllm:admission_rejections_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
 ]
 HISTOGRAMS = [
     "vllm:time_to_first_token_seconds",
@@ -21,7 +23,6 @@ HISTOGRAMS = [
     "vllm:request_prompt_tokens",
     "vllm:request_generation_tokens",
     "deltaserve:step_seconds",
-    "deltaserve:delta_load_seconds",
 ]
 
 
@@ -29,6 +30,8 @@ def test_the_names_that_dashboards_use_are_there(server: Any) -> None:
     text = server.http.get("/metrics").raise_for_status().text
     for name in [*GAUGES, *COUNTERS, *(f"{name}_count" for name in HISTOGRAMS)]:
         assert f'{name}{{model_name="tiny"}} ' in text, name
+    for tier in ("disk", "host"):
+        assert f'deltaserve:delta_load_seconds_count{{model_name="tiny",tier="{tier}"}} ' in text
 
 
 def test_an_answer_is_counted(server: Any) -> None:

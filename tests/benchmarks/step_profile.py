@@ -38,6 +38,12 @@ class _Slots:
     def unpin(self, slot: Slot) -> None:
         pass
 
+    def want(self, digests: Sequence[DeltaDigest]) -> None:
+        pass
+
+    def overdue(self) -> list[Slot]:
+        return []
+
 
 class _Silent:
     def push(self, token_id: int, may_stop: bool) -> tuple[str, str | None]:  # noqa: ARG002

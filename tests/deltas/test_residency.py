@@ -12,6 +12,7 @@ import torch
 
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.residency import Limits, Residency
+from deltaserve.deltas.resident import ResidentDelta
 from deltaserve.errors import BadRequest, DeltaLoadFailed
 from deltaserve.ids import DeltaDigest, Slot
 
@@ -46,22 +47,43 @@ def shelf(
 class Shelf:
     """A residency and the files it reads."""
 
-    def __init__(self, files: dict[DeltaDigest, Path], device: int = 2, host: int = 8, **limits: Any) -> None:
+    def __init__(
+        self, files: dict[DeltaDigest, Path], device: int = 2, host: int = 8, kind: str = "cpu", **limits: Any
+    ) -> None:
         self.files = dict(files)
         self.digests = list(files)
-        self.num_read = 0
+        self.reads: list[DeltaDigest] = []
         self.ready = threading.Semaphore(0)
+        self.now = 0.0
+        self.moves: list[str] = []
         self.residency = Residency(
-            self._path, torch.device("cpu"), Limits(device, host, **limits), on_ready=self.ready.release
+            self._path,
+            torch.device(kind),
+            Limits(device, host, **limits),
+            on_ready=self.ready.release,
+            on_loaded=lambda tier, seconds: self.moves.append(tier),
+            clock=lambda: self.now,
         )
 
     def _path(self, digest: DeltaDigest) -> Path:
-        self.num_read += 1
+        self.reads.append(digest)
         return self.files[digest]
+
+    @property
+    def num_read(self) -> int:
+        return len(self.reads)
+
+    def wait_for(self, *states: str) -> None:
+        """Until the first deltas are in these states."""
+        while self.states()[: len(states)] != list(states):
+            assert self.ready.acquire(timeout=WAIT_S), f"{self.states()}, not {states}"
+
+    def want(self, *which: int) -> None:
+        self.residency.want([self.digests[one] for one in which])
 
     def pin(self, which: int) -> Slot:
         """Pinned, loaded first where it must be."""
-        for _ in range(3):
+        for _ in range(6):
             slot = self.residency.try_pin(self.digests[which])
             if slot is not None:
                 return slot
@@ -121,14 +143,17 @@ def test_a_pinned_delta_is_never_evicted_and_keeps_its_slot(make: Callable[..., 
     assert shelf.residency.counts()["pinned"] == 1
 
 
-def test_with_every_slot_pinned_a_newcomer_waits_without_being_loaded(make: Callable[..., Shelf]) -> None:
+def test_with_every_slot_pinned_a_newcomer_is_read_ahead_and_waits_on_the_host(make: Callable[..., Shelf]) -> None:
     shelf = make(device=2)
     pinned = [shelf.pin(0), shelf.pin(1)]
     for _ in range(5):
         assert shelf.residency.try_pin(shelf.digests[2]) is None
-    assert shelf.num_read == 2
+    shelf.wait_for("device", "device", "host")
+    for _ in range(5):
+        assert shelf.residency.try_pin(shelf.digests[2]) is None
+    assert shelf.num_read == 3
     shelf.residency.unpin(pinned[0])
-    assert shelf.pin(2) == pinned[0]
+    assert shelf.residency.try_pin(shelf.digests[2]) == pinned[0]
 
 
 def test_what_left_the_device_comes_back_from_the_host(make: Callable[..., Shelf]) -> None:
@@ -163,9 +188,7 @@ def test_bytes_of_pinned_deltas_are_not_freed_for_a_newcomer(
     assert [limited.residency.try_pin(limited.digests[1]) for _ in range(3)] == [None] * 3
     assert not limited.ready.acquire(timeout=0.1), "it must not be loaded again and again while there is no room"
     limited.residency.unpin(slot)
-    assert limited.residency.try_pin(limited.digests[1]) is None
-    assert limited.ready.acquire(timeout=WAIT_S)
-    limited.pin(1)
+    assert limited.residency.try_pin(limited.digests[1]) is not None
     assert limited.states()[:2] == ["host", "device"]
 
 
@@ -289,23 +312,173 @@ def test_many_threads_never_see_a_pinned_slot_change(make: Callable[..., Shelf])
     assert len(held) == shelf.residency.counts()["device"]
 
 
-def test_a_prewarmed_delta_is_there_before_it_is_asked_for(make: Callable[..., Shelf]) -> None:
-    shelf = make()
-    shelf.residency.prewarm(shelf.digests[0])
-    assert shelf.ready.acquire(timeout=WAIT_S)
-    assert (shelf.states()[0], shelf.num_read) == ("device", 1)
-    shelf.residency.prewarm(shelf.digests[0])
-    assert shelf.residency.try_pin(shelf.digests[0]) is not None and shelf.num_read == 1
+def test_what_is_wanted_is_read_in_turn_and_as_far_as_the_host_holds_it(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=1, host=3)
+    slot = shelf.pin(0)
+    shelf.want(3, 1, 2, 4)
+    shelf.wait_for("device", "host", "disk", "host", "disk")
+    assert shelf.reads == [shelf.digests[place] for place in (0, 3, 1, 2)][: shelf.num_read]
+    assert shelf.num_read >= 3
+    shelf.residency.unpin(slot)
+    assert shelf.states()[3] == "device"
 
 
-def test_a_kept_delta_is_loaded_at_once_and_stays_while_others_come_and_go(make: Callable[..., Shelf]) -> None:
+def test_a_change_of_turns_is_read_first(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=1)
+    shelf.pin(0)
+    shelf.want(1, 2, 3)
+    shelf.want(4, 1)
+    shelf.wait_for("device", "host", "disk", "disk", "host")
+    assert shelf.reads[2:] == [shelf.digests[4]], "what was being read is read to its end, what is not wanted is not"
+
+
+def test_the_host_lets_go_of_what_nobody_waits_for_and_then_of_the_last_in_turn(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=1, host=2)
+    shelf.use(0, 1)
+    slot = shelf.pin(1)
+    shelf.want(2)
+    shelf.wait_for("disk", "device", "host")
+    shelf.want(3, 2)
+    shelf.wait_for("disk", "device", "host", "host")
+    shelf.want(3, 2, 4)
+    assert shelf.num_read == 4, "there is no room on the host for a third that waits"
+    shelf.residency.unpin(slot)
+
+
+def test_what_costs_more_to_bring_for_its_size_stays_longer(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=1, host=3)
+    shelf.use(0, 1, 2)
+    shelf.residency._costs.update({("disk", shelf.digests[n]): cost for n, cost in enumerate([5.0, 1.0, 1.0])})
+    for which in (0, 1, 2):
+        shelf.use(which)
+    shelf.use(3)
+    assert shelf.states() == ["host", "disk", "host", "device", "disk"]
+
+
+def test_a_slot_in_use_is_closed_after_its_quantum_and_changes_hands_when_it_is_left(
+    make: Callable[..., Shelf],
+) -> None:
+    shelf = make(device=2, quantum_s=5.0)
+    first, second = shelf.pin(0), shelf.pin(1)
+    shelf.want(2)
+    shelf.wait_for("device", "device", "host")
+    shelf.now = 4.0
+    shelf.want(2)
+    assert shelf.pin(0) == first, "until then it is open"
+    shelf.now = 5.0
+    shelf.want(2)
+    assert shelf.residency.try_pin(shelf.digests[0]) is None, "no new request gets in"
+    assert shelf.pin(1) == second, "one slot is enough"
+    shelf.residency.unpin(first)
+    assert shelf.states()[2] == "host"
+    shelf.residency.unpin(first)
+    assert shelf.states()[:3] == ["host", "device", "device"]
+    assert shelf.pin(2) == first
+
+
+def test_a_slot_is_open_again_when_nobody_waits_any_more(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=1, quantum_s=1.0)
+    slot = shelf.pin(0)
+    shelf.want(1)
+    shelf.wait_for("device", "host")
+    shelf.now = 2.0
+    shelf.want(1)
+    assert shelf.residency.try_pin(shelf.digests[0]) is None
+    shelf.want()
+    assert shelf.pin(0) == slot
+
+
+def test_nobody_overtakes_the_first_that_waits_for_a_slot(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=1)
+    slot = shelf.pin(0)
+    shelf.want(1, 2)
+    shelf.wait_for("device", "host", "host")
+    shelf.residency.unpin(slot)
+    assert shelf.residency.try_pin(shelf.digests[2]) is None
+    assert shelf.pin(1) == slot
+
+
+def test_a_delta_that_is_waited_for_keeps_its_slot_for_a_quantum_though_unused(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=1, quantum_s=5.0)
+    shelf.use(0)
+    shelf.want(1, 0)
+    shelf.wait_for("device", "host")
+    shelf.now = 4.0
+    shelf.want(1, 0)
+    assert shelf.states()[0] == "device"
+    shelf.now = 5.0
+    shelf.want(1, 0)
+    assert shelf.states()[:2] == ["host", "device"]
+
+
+def test_after_the_longest_wait_a_slot_is_to_be_left(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=2, quantum_s=1.0, max_wait_s=10.0)
+    slot = shelf.pin(0)
+    shelf.now = 6.0
+    later = shelf.pin(1)
+    shelf.want(2)
+    shelf.wait_for("device", "device", "host")
+    for now, left in [(9.0, []), (15.9, []), (16.0, [slot])]:
+        shelf.now = now
+        shelf.want(2)
+        assert shelf.residency.overdue() == left
+    shelf.residency.unpin(slot)
+    assert shelf.states()[:3] == ["host", "device", "device"]
+    assert shelf.residency.overdue() == []
+    assert slot != later
+
+
+def test_what_is_kept_is_loaded_and_stays_until_it_is_let_go(make: Callable[..., Shelf]) -> None:
     shelf = make(device=2)
     shelf.residency.keep(shelf.digests[0])
-    assert shelf.ready.acquire(timeout=WAIT_S)
+    shelf.wait_for("device")
     shelf.use(1, 2, 3)
-    assert shelf.states()[:4] == ["device", "host", "host", "device"]
+    assert shelf.states() == ["device", "host", "host", "device", "disk"]
+    shelf.pin(3)
+    assert shelf.residency.try_pin(shelf.digests[1]) is None
+    shelf.now = 1e6
+    shelf.want(1)
+    assert shelf.residency.try_pin(shelf.digests[0]) is not None, "it is never closed"
+    shelf.residency.unpin(shelf.residency._slot_of[shelf.digests[0]])
+    shelf.residency.let_go(shelf.digests[0])
+    assert shelf.states()[:2] == ["host", "device"]
+
+
+def test_one_slot_stays_free_of_what_is_kept(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=2)
+    shelf.residency.keep(shelf.digests[0])
+    shelf.residency.keep(shelf.digests[0])
     with pytest.raises(BadRequest, match="one of its slots must stay free"):
         shelf.residency.keep(shelf.digests[1])
-    shelf.residency.let_go(shelf.digests[0])
-    shelf.use(1, 2)
-    assert shelf.states()[0] == "host"
+
+
+def test_what_cannot_fit_beside_what_is_kept_fails(make: Callable[..., Shelf], shelf: dict[DeltaDigest, Path]) -> None:
+    limited = make(device=4, device_bytes=size_of(shelf) + 1)
+    limited.residency.keep(limited.digests[0])
+    limited.wait_for("device")
+    with pytest.raises(DeltaLoadFailed, match="does not fit beside those that are kept"):
+        limited.pin(1)
+
+
+def test_another_device_is_reached_by_a_copy_that_nobody_waits_for(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=1, kind="meta")
+    shelf.use(0, 1, 0)
+    assert shelf.moves == ["disk", "host", "disk", "host", "host"]
+    held = shelf.residency.slots[0]
+    assert held is not None
+    assert {t.device.type for layer in held.layers.values() for t in layer.terms[0].tensors().values()} == {"meta"}
+
+
+def test_a_copy_that_fails_is_told_and_frees_its_slot(
+    make: Callable[..., Shelf], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = make(device=1, kind="meta")
+
+    def full(*given: object) -> ResidentDelta:  # noqa: ARG001
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(DeltaLoadFailed, match="OutOfMemoryError"):
+        patch.setattr(ResidentDelta, "to", full)
+        shelf.pin(0)
+    assert shelf.residency.counts() == {"device": 0, "host": 1, "pinned": 0}
+    shelf.use(1, 0)

@@ -57,6 +57,12 @@ class Gate:
     def unpin(self, slot: Slot) -> None:
         self.pins[slot] -= 1
 
+    def want(self, digests: Sequence[DeltaDigest]) -> None:
+        pass
+
+    def overdue(self) -> list[Slot]:
+        return []
+
 
 class FakeRunner:
     """Says the tokens of `script` in turn, then 97, 98, … A step waits while `hold` is clear."""

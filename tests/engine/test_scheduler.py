@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -36,6 +37,8 @@ class Gate:
     slots: dict[str, int] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     pins: Counter[int] = field(default_factory=Counter)
+    wanted: list[str] = field(default_factory=list)
+    late: list[int] = field(default_factory=list)  # slots to be left
 
     def try_pin(self, digest: DeltaDigest) -> Slot | None:
         if digest in self.broken:
@@ -49,6 +52,13 @@ class Gate:
     def unpin(self, slot: Slot) -> None:
         self.pins[slot] -= 1
         assert self.pins[slot] >= 0
+
+    def want(self, digests: Sequence[DeltaDigest]) -> None:
+        self.wanted = list(digests)
+
+    def overdue(self) -> list[Slot]:
+        late, self.late = self.late, []
+        return [Slot(slot) for slot in late]
 
 
 def make_request(num_tokens: int = 4, digest: str | None = None) -> Request:
@@ -147,6 +157,30 @@ def test_a_request_whose_delta_is_not_there_waits_and_those_behind_it_run() -> N
     gate.slots["away"] = 1
     assert away.id in spans(plan(scheduler))
     assert away.slot == 1
+
+
+def test_the_gate_hears_what_is_waited_for_in_turn() -> None:
+    gate = Gate({"here": 0}, broken=["bad"])
+    requests = [make_request(1, name) for name in ["b", "a", None, "bad", "b", "here", "c"]]
+    scheduler = make(*requests, gate=gate)
+    scheduler.waiting.charge("b", 5, 0)
+    scheduler.plan()
+    assert gate.wanted == ["a", "bad", "here", "c", "b"]
+
+
+def test_a_slot_that_is_to_be_left_is_left_by_all_who_hold_it_and_they_go_on_later() -> None:
+    gate = Gate({"a": 0, "b": 1})
+    requests = [make_request(2, name) for name in ["a", "b", "a"]]
+    scheduler = make(*requests, gate=gate, seats=3)
+    advance(plan(scheduler))
+    del gate.slots["a"]
+    gate.late = [0]
+    assert list(spans(plan(scheduler))) == [requests[1].id]
+    assert (gate.pins[0], gate.wanted, scheduler.num_preemptions) == (0, ["a"], 2)
+    assert [(r.pinned, r.slot, r.num_generated) for r in requests[::2]] == [(False, BASE_SLOT, 1)] * 2
+    gate.slots["a"] = 0
+    assert sorted(spans(plan(scheduler)).values()) == [(0, 3), (0, 3), (2, 1)]
+    assert gate.pins[0] == 2
 
 
 def test_chunks_come_sorted_by_slot_with_the_base_first() -> None:
@@ -269,6 +303,7 @@ MOVES = st.lists(
         st.tuples(st.just("load"), st.sampled_from("abc")),
         st.tuples(st.just("evict"), st.sampled_from("abc")),
         st.tuples(st.just("break"), st.sampled_from("abc")),
+        st.tuples(st.just("leave"), st.integers(0, 2)),
         st.tuples(st.just("step")),
         st.tuples(st.just("step")),
     ),
@@ -293,6 +328,8 @@ def test_blocks_and_pins_are_conserved_whatever_happens(
                 gate.slots[name] = "abc".index(name)
             case ("evict", str(name)) if name in gate.slots and not gate.pins[gate.slots[name]]:
                 del gate.slots[name]
+            case ("leave", int(slot)):
+                gate.late = [slot]
             case ("break", str(name)) if name not in gate.slots:
                 gate.broken.append(name)
             case ("step",):

@@ -76,6 +76,12 @@ class FixedGate:
     def unpin(self, slot: Slot) -> None:
         self.pins[slot] -= 1
 
+    def want(self, digests: Sequence[DeltaDigest]) -> None:
+        pass
+
+    def overdue(self) -> list[Slot]:
+        return []
+
 
 class RecordingRunner(Runner):
     """Keeps, for each request, the logits that each of its tokens came from."""

@@ -78,11 +78,20 @@ def model(tiny_base: Path, request: pytest.FixtureRequest) -> ServedModel:
 class Town(Rig):
     """A rig whose deltas are in a store and come and go by residency."""
 
-    def __init__(self, model: ServedModel, root: Path, max_deltas: int = 4, host: int = 8, **options: Any) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        root: Path,
+        max_deltas: int = 4,
+        host: int = 8,
+        quantum_s: float = 1.0,
+        max_wait_s: float = 30.0,
+        **options: Any,
+    ) -> None:
         self.residency = Residency(
             lambda digest: self.store.path(digest),
             CPU,
-            Limits(max_deltas, host),
+            Limits(max_deltas, host, quantum_s=quantum_s, max_wait_s=max_wait_s),
             load=model.load_delta,
             on_ready=lambda: self.ready.set(),
         )
@@ -351,5 +360,41 @@ def test_a_flood_of_one_tenant_does_not_keep_another_waiting_for_a_load(make_tow
         town.step()
         steps += 1
     assert steps <= 10
+    for request in list(town.scheduler):
+        town.scheduler.remove(request)
+
+
+@pytest.mark.parametrize("salt", [None, b"salt"], ids=["computed again", "found again"])
+def test_deltas_that_take_each_other_the_slot_at_every_step_change_nothing(
+    make_town: Callable[..., Town], alone: Any, salt: bytes | None
+) -> None:
+    """No patience at all: whoever waits gets the slot in the next step, and who had it is put back."""
+    town = make_town(max_deltas=1, quantum_s=0.0, max_wait_s=0.0, budget=256, salt=salt)
+    for name in CODECS:  # all on the host, so that they compete for the slot from the start
+        town.run(town.ask(name, prompt=[1], max_tokens=1))
+    requests = {name: town.ask(name) for name in (*CODECS, None)}
+    town.run(*requests.values())
+    assert town.scheduler.num_preemptions >= 4
+    for name, request in requests.items():
+        check(town, request, alone[name])
+
+
+def test_a_delta_that_finds_every_slot_in_use_gets_one_though_its_users_never_end(
+    make_town: Callable[..., Town], alone: Any
+) -> None:
+    town = make_town(max_deltas=1, quantum_s=0.0)
+    town.run(town.ask("sign", max_tokens=1), town.ask("svd", max_tokens=1))
+    victim = town.ask("sign")
+    steps = 0
+    town.scheduler.add(town.ask("svd", max_tokens=8))
+    town.step()
+    town.scheduler.add(victim)
+    while victim.num_generated < victim.params.max_tokens:
+        if len(town.scheduler) < 6:
+            town.scheduler.add(town.ask("svd", max_tokens=8))
+        assert town.step()
+        steps += 1
+        assert steps < 40
+    check(town, victim, alone["sign"])
     for request in list(town.scheduler):
         town.scheduler.remove(request)

@@ -1,17 +1,24 @@
-"""Where deltas are: disk → host → device, on demand, least recently used out first, never one that is pinned.
+"""Where deltas are: disk → host → device, on demand, in the order in which the queue needs them.
 
-Loads run on a thread of their own: read and verify the file, spell out masks, copy to the device. The engine's thread
-asks with `try_pin` and never waits. Slots are the device's places; a pinned slot keeps its delta.
+One thread reads from disk to host (verify the file, spell out masks, pack), ahead of need: what waits is read although
+every slot is in use. Another copies from host to device; on a CPU both are the same memory, and a delta is there at
+once. The engine's thread asks with `try_pin` and never waits. Slots are the device's places; a pinned slot keeps its
+delta.
+
+What goes when room is needed: what is neither in use nor waited for, by bytes and by what it cost to bring
+(deltas.eviction). Where everything is in use, the first that waits closes the slot whose delta came longest ago and has
+had its quantum: no new request gets in there, and the slot changes hands when the last one has left it. After
+`max_wait_s` it does not wait for them: `overdue` names the slot, and the engine puts its requests back.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,25 +26,32 @@ from pathlib import Path
 import torch
 
 from deltaserve.deltas.artifact import Artifact
-from deltaserve.deltas.resident import Load, ResidentDelta
+from deltaserve.deltas.eviction import GreedyDual
+from deltaserve.deltas.resident import ResidentDelta, Serve, for_torch
 from deltaserve.errors import BadRequest, DeltaLoadFailed
 from deltaserve.ids import DeltaDigest, Slot
 
 logger = logging.getLogger(__name__)
+AMORTISE = 10  # a delta keeps its slot for this many times what it took to bring it
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of each tier: deltas, and bytes (None = no bound)."""
+    """Of each tier: deltas, and bytes (None = no bound). Of a slot: how long it is kept while others wait."""
 
     device_deltas: int
     host_deltas: int
     device_bytes: int | None = None
     host_bytes: int | None = None
+    quantum_s: float = 1.0
+    max_wait_s: float = 30.0
 
 
 class Residency:
-    """Implements engine.types.DeltaGate. Thread-safe; `slots` is read by the runner during a step."""
+    """Implements engine.types.DeltaGate. Thread-safe; `slots` is read by the runner during a step.
+
+    `on_loaded` hears of every move: the tier it came from (disk or host) and the seconds it took.
+    """
 
     def __init__(
         self,
@@ -45,77 +59,116 @@ class Residency:
         device: torch.device,
         limits: Limits,
         *,
-        load: Load = ResidentDelta.load,
+        serve: Serve = for_torch,
         on_ready: Callable[[], None],
-        on_loaded: Callable[[float], None] = lambda seconds: None,
+        on_loaded: Callable[[str, float], None] = lambda tier, seconds: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.slots: list[ResidentDelta | None] = [None] * limits.device_deltas
         self._path_of = path_of
         self._device = device
         self._limits = limits
-        self._load_artifact = load
+        self._serve = serve
         self._on_ready = on_ready
         self._on_loaded = on_loaded
+        self._clock = clock
         self._lock = threading.RLock()
-        self._device_tier: OrderedDict[DeltaDigest, Slot] = OrderedDict()  # least recently used first
-        self._host_tier: OrderedDict[DeltaDigest, ResidentDelta] = OrderedDict()
+        self._slot_of: dict[DeltaDigest, Slot] = {}  # what is on the device
+        self._arriving: dict[DeltaDigest, tuple[Slot, int]] = {}  # what is being copied there, with its bytes
+        self._host_tier: dict[DeltaDigest, ResidentDelta] = {}
+        self._on_device, self._on_host = GreedyDual[DeltaDigest](), GreedyDual[DeltaDigest]()
+        self._costs: dict[tuple[str, DeltaDigest], float] = {}  # seconds of the last move from a tier
+        self._sizes: dict[DeltaDigest, int] = {}  # bytes of what was read once
         self._pins = [0] * limits.device_deltas
-        self._loading: set[DeltaDigest] = set()
-        self._kept: set[DeltaDigest] = set()  # evicted last
-        self._sizes: dict[DeltaDigest, int] = {}  # bytes of what was loaded once
+        self._placed_s = [0.0] * limits.device_deltas  # when each slot's delta came
+        self._closed: set[Slot] = set()
+        self._wanted: dict[DeltaDigest, float] = {}  # what is waited for and since when, the first in turn first
+        self._kept: dict[DeltaDigest, None] = {}
+        self._reading: DeltaDigest | None = None
         self._failures: dict[DeltaDigest, DeltaLoadFailed] = {}  # not told yet
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="delta-loader")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="delta-reader")
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="delta-copier")
 
     def try_pin(self, digest: DeltaDigest) -> Slot | None:
-        """The delta's slot with one more pin; None while it loads or no slot can be had. Raises DeltaLoadFailed once
-        for a load that failed; the next call tries again."""
+        """The delta's slot with one more pin; None while it loads, waits for a slot, or is about to leave its own.
+        Raises DeltaLoadFailed once for a load that failed; the next call tries again."""
         with self._lock:
-            if digest in self._device_tier:
-                slot = self._device_tier[digest]
-                self._device_tier.move_to_end(digest)
-                self._pins[slot] += 1
-                return slot
             if (failure := self._failures.pop(digest, None)) is not None:
                 raise failure
-            self._begin_load(digest)
-            return None
+            if digest not in self._slot_of:
+                self._wanted.setdefault(digest, self._clock())
+                self._settle()
+            slot = self._slot_of.get(digest)
+            if slot is None or slot in self._closed:
+                self._wanted.setdefault(digest, self._clock())
+                return None
+            self._wanted.pop(digest, None)
+            self._use_on_device(digest)
+            self._pins[slot] += 1
+            return slot
 
-    def prewarm(self, digest: DeltaDigest) -> None:
-        """Loads it, if it is not here and there is room beside what is in use. Returns at once."""
+    def unpin(self, slot: Slot) -> None:
         with self._lock:
-            if digest not in self._device_tier:
-                self._begin_load(digest)
+            self._pins[slot] -= 1
+            assert self._pins[slot] >= 0, f"slot {slot} was unpinned more often than pinned"
+            if not self._pins[slot]:
+                self._settle()
+
+    def want(self, digests: Sequence[DeltaDigest]) -> None:
+        """All that is waited for, the first in turn first. What is not named is not waited for any more."""
+        with self._lock:
+            now = self._clock()
+            self._wanted = {digest: self._wanted.get(digest, now) for digest in digests}
+            self._settle()
+
+    def overdue(self) -> list[Slot]:
+        """Slots to be left now: the first that waits has waited for `max_wait_s`, and they were kept as long."""
+        with self._lock:
+            first = self._first_without_room()
+            now, patience = self._clock(), self._limits.max_wait_s
+            if first is None or now - self._wanted.get(first, now) < patience:
+                return []
+            return [slot for slot in sorted(self._closed) if now - self._placed_s[slot] >= patience]
 
     def keep(self, digest: DeltaDigest) -> None:
-        """Loads it now and evicts it last, until `let_go`: only where all others are in use. Raises
+        """Loads a delta as soon as there is room and keeps it on the device, used or not, until `let_go`. Raises
         BadRequest if no slot were left for all others."""
         with self._lock:
             if digest not in self._kept and len(self._kept) + 1 >= len(self.slots):
                 raise BadRequest(
                     f"{len(self._kept)} deltas are kept on the device, and one of its slots must stay free"
                 )
-            self._kept.add(digest)
-            self.prewarm(digest)
+            self._kept[digest] = None
+            self._settle()
 
     def let_go(self, digest: DeltaDigest) -> None:
         """Takes `keep` back. Harmless for what is not kept."""
         with self._lock:
-            self._kept.discard(digest)
+            self._kept.pop(digest, None)
+            self._settle()
 
-    def _begin_load(self, digest: DeltaDigest) -> None:
-        if digest not in self._loading and self._can_make_room(self._sizes.get(digest, 0)):
-            self._loading.add(digest)
-            self._loader.submit(self._load, digest)
-
-    def unpin(self, slot: Slot) -> None:
+    def discard(self, digests: Sequence[DeltaDigest]) -> None:
+        """Lets go of deltas that no name points to any more, unless they are in use."""
         with self._lock:
-            self._pins[slot] -= 1
-            assert self._pins[slot] >= 0, f"slot {slot} was unpinned more often than pinned"
+            for digest in digests:
+                self._kept.pop(digest, None)
+                self._drop_from_host(digest, evicted=False)
+                self._sizes.pop(digest, None)
+                self._failures.pop(digest, None)
+                for tier in ("disk", "host"):
+                    self._costs.pop((tier, digest), None)
+                slot = self._slot_of.get(digest)
+                if slot is not None and not self._pins[slot]:
+                    self._drop_from_device(digest, evicted=False)
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._copier.shutdown(wait=True, cancel_futures=True)
 
     def state(self, digest: DeltaDigest) -> str:
         """device, host or disk."""
         with self._lock:
-            if digest in self._device_tier:
+            if digest in self._slot_of:
                 return "device"
             return "host" if digest in self._host_tier else "disk"
 
@@ -127,67 +180,75 @@ class Residency:
     def counts(self) -> dict[str, int]:
         with self._lock:
             pinned = sum(pins > 0 for pins in self._pins)
-            return {"device": len(self._device_tier), "host": len(self._host_tier), "pinned": pinned}
+            return {"device": len(self._slot_of), "host": len(self._host_tier), "pinned": pinned}
 
     def resident_bytes(self, digest: DeltaDigest) -> int | None:
         """Bytes of one delta where it is loaded, else None."""
         with self._lock:
-            if digest in self._device_tier:
-                delta = self.slots[self._device_tier[digest]]
-                return delta.nbytes if delta else None
-            return self._host_tier[digest].nbytes if digest in self._host_tier else None
+            delta = self.slots[self._slot_of[digest]] if digest in self._slot_of else self._host_tier.get(digest)
+            return delta.nbytes if delta else None
 
-    def discard(self, digests: Sequence[DeltaDigest]) -> None:
-        """Lets go of deltas that no name points to any more, unless they are in use."""
-        with self._lock:
-            for digest in digests:
-                self._host_tier.pop(digest, None)
-                self._sizes.pop(digest, None)
-                self._failures.pop(digest, None)
-                self._kept.discard(digest)
-                slot = self._device_tier.get(digest)
-                if slot is not None and not self._pins[slot]:
-                    self._evict(digest)
+    # All that follows is called under the lock, but for _read_one, _read, _copy_one and _tell.
 
-    def close(self) -> None:
-        self._loader.shutdown(wait=True, cancel_futures=True)
+    def _settle(self) -> None:
+        """Brings what can be brought, in turn; the first that finds no room is not overtaken. Starts the next read."""
+        self._closed.clear()
+        for digest in self._lacking():
+            host = self._host_tier.get(digest)
+            if host is None or self._try_bring(digest, host):
+                continue
+            beside = self._kept_bytes(digest)
+            if beside and beside + host.nbytes > (self._limits.device_bytes or math.inf):
+                failure = f"the delta {digest[:12]}, {host.nbytes} bytes, does not fit beside those that are kept"
+                self._failures[digest] = DeltaLoadFailed(failure)
+                continue
+            self._close_for(host.nbytes)
+            break
+        if self._reading is None and (following := self._next_to_read()) is not None:
+            self._reading = following
+            self._reader.submit(self._read_one, following)
 
-    def _load(self, digest: DeltaDigest) -> None:
-        began = time.monotonic()
+    def _lacking(self) -> Iterator[DeltaDigest]:
+        """What should be on the device and is not, the first in turn first."""
+        for digest in [*self._kept, *(d for d in self._wanted if d not in self._kept)]:
+            if digest not in self._slot_of and digest not in self._arriving and digest not in self._failures:
+                yield digest
+
+    def _first_without_room(self) -> DeltaDigest | None:
+        return next((digest for digest in self._lacking() if digest in self._host_tier), None)
+
+    def _next_to_read(self) -> DeltaDigest | None:
+        """The first that is on disk alone, if the host holds it beside those that come before it."""
+        count, size = 1, 0
+        for digest in self._lacking():
+            if digest not in self._host_tier:
+                size += self._sizes.get(digest, 0)
+                limit = self._limits.host_bytes
+                fits = count <= self._limits.host_deltas and (limit is None or size <= limit)
+                return digest if fits or count == 1 else None
+            count, size = count + 1, size + self._host_tier[digest].nbytes
+        return None
+
+    def _read_one(self, digest: DeltaDigest) -> None:
+        began = self._clock()
         failure: DeltaLoadFailed | None = None
+        host: ResidentDelta | None = None
         try:
-            with self._lock:
-                host = self._host_tier.get(digest)
-            if host is None:
-                host = self._read(digest)
-            with self._lock:
-                self._sizes[digest] = host.nbytes
-                self._host_tier[digest] = host
-                self._host_tier.move_to_end(digest)
-                self._trim_host()
-                has_room = self._can_make_room(host.nbytes)
-            if has_room:  # else it waits on the host, and the next `try_pin` asks again
-                on_device = host.to(self._device)
-                with self._lock:
-                    self._place(digest, on_device)
-            self._on_loaded(time.monotonic() - began)
+            host = self._read(digest)
         except DeltaLoadFailed as error:
             failure = error
         except Exception as error:
             failure = DeltaLoadFailed(f"the delta {digest[:12]} does not load: {type(error).__name__}: {error}")
         with self._lock:
-            self._loading.discard(digest)
-            if failure is not None:
-                logger.error("%s", failure.message)
-                self._failures[digest] = failure
-        self._on_ready()
-
-    def _place(self, digest: DeltaDigest, delta: ResidentDelta) -> None:
-        """Into a slot, unpinned. Where every slot is pinned it stays on the host, and the next `try_pin` asks again."""
-        slot = self._try_free_slot(delta.nbytes)
-        if slot is not None:
-            self.slots[slot] = delta
-            self._device_tier[digest] = slot
+            self._reading = None
+            if host is not None:
+                self._sizes[digest] = host.nbytes
+                self._costs["disk", digest] = self._clock() - began
+                self._host_tier[digest] = host
+                self._use_on_host(digest)
+                self._trim_host(digest)
+            self._moved(digest, failure)
+        self._tell("disk", began, failure)
 
     def _read(self, digest: DeltaDigest) -> ResidentDelta:
         path = self._path_of(digest)
@@ -195,45 +256,142 @@ class Residency:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest:
             raise DeltaLoadFailed(f"the stored delta {digest[:12]} is damaged: its bytes have the digest {found[:12]}")
-        return self._load_artifact(Artifact.open(path))
+        return ResidentDelta.load(Artifact.open(path), self._serve)
 
-    def _try_free_slot(self, num_bytes: int) -> Slot | None:
+    def _try_bring(self, digest: DeltaDigest, host: ResidentDelta) -> bool:
+        """Into a slot, unpinned; False, and nothing evicted, if no room can be made."""
+        slot = self._try_free_slot(digest, host.nbytes)
+        if slot is None:
+            return False
+        self._use_on_host(digest)
+        if self._device.type == "cpu":
+            self._place(digest, slot, host, 0.0)
+        else:
+            self._arriving[digest] = slot, host.nbytes
+            self._copier.submit(self._copy_one, digest, slot, host)
+        return True
+
+    def _copy_one(self, digest: DeltaDigest, slot: Slot, host: ResidentDelta) -> None:
+        began = self._clock()
+        failure: DeltaLoadFailed | None = None
+        copy: ResidentDelta | None = None
+        try:
+            copy = host.to(self._device)
+        except Exception as error:
+            failure = DeltaLoadFailed(f"the delta {digest[:12]} does not fit: {type(error).__name__}: {error}")
+        with self._lock:
+            del self._arriving[digest]
+            if copy is not None:
+                self._place(digest, slot, copy, self._clock() - began)
+            self._moved(digest, failure)
+        self._tell("host", began, failure)
+
+    def _place(self, digest: DeltaDigest, slot: Slot, delta: ResidentDelta, seconds: float) -> None:
+        self._costs["host", digest] = seconds
+        self.slots[slot] = delta
+        self._slot_of[digest] = slot
+        self._placed_s[slot] = self._clock()
+        self._use_on_device(digest)
+
+    def _moved(self, digest: DeltaDigest, failure: DeltaLoadFailed | None) -> None:
+        """Whoever waits for a delta that failed is told, and nobody else."""
+        if failure is not None:
+            logger.error("%s", failure.message)
+            self._failures[digest] = failure
+            self._wanted.pop(digest, None)
+            self._kept.pop(digest, None)
+        self._settle()
+
+    def _tell(self, tier: str, began: float, failure: DeltaLoadFailed | None) -> None:
+        """Without the lock: the engine may hold its own while it asks for ours."""
+        if failure is None:
+            self._on_loaded(tier, self._clock() - began)
+        self._on_ready()
+
+    def _reload_s(self, digest: DeltaDigest) -> float:
+        """What it would take to bring a delta to the device again."""
+        from_disk = 0.0 if digest in self._host_tier else self._costs.get(("disk", digest), 0.0)
+        return from_disk + self._costs.get(("host", digest), 0.0)
+
+    def _had_quantum(self, digest: DeltaDigest) -> bool:
+        quantum = max(self._limits.quantum_s, AMORTISE * self._reload_s(digest))
+        return self._clock() - self._placed_s[self._slot_of[digest]] >= quantum
+
+    def _try_free_slot(self, digest: DeltaDigest, num_bytes: int) -> Slot | None:
         """An empty slot, after evicting what must go for the count and the bytes; None, and nothing evicted, if that
-        would take a pinned delta."""
-        occupied = [(digest, slot) for digest, slot in self._device_tier.items() if not self._pins[slot]]
-        occupied.sort(key=lambda place: place[0] in self._kept)  # stable: least recently used first within both
+        would take one that is pinned or kept, or waited for and before `digest` in turn or without its quantum yet."""
+        turns = {wanted: place for place, wanted in enumerate(self._wanted)}
+        own = turns.get(digest, -1)
+        free = [d for d, slot in self._slot_of.items() if not self._pins[slot] and d not in self._kept]
+        free = [d for d in free if d not in turns or (turns[d] > own and self._had_quantum(d))]
+        free.sort(key=lambda d: (d in turns, self._on_device.standing(d)), reverse=True)
         victims: list[DeltaDigest] = []
-        limit = self._limits.device_bytes
-        count, held = len(self._device_tier), self._device_bytes()
-        while count >= len(self.slots) or (limit is not None and held and held + num_bytes > limit):
-            if not occupied:
+        count, held = len(self._slot_of) + len(self._arriving), self._device_bytes()
+        while not self._fits(count, held, num_bytes):
+            if not free:
                 return None
-            digest, slot = occupied.pop(0)
-            delta = self.slots[slot]
-            count, held = count - 1, held - (delta.nbytes if delta else 0)
-            victims.append(digest)
+            victims.append(free.pop())
+            count, held = count - 1, held - self._bytes_of(victims[-1])
         for digest in victims:
-            self._evict(digest)
-        return Slot(self.slots.index(None))
+            self._drop_from_device(digest)
+        taken = {slot for slot, _ in self._arriving.values()}
+        return next(Slot(i) for i, delta in enumerate(self.slots) if delta is None and i not in taken)
 
-    def _can_make_room(self, num_bytes: int) -> bool:
-        """Is there room beside the deltas that are pinned?"""
-        pinned = [delta for delta, pins in zip(self.slots, self._pins, strict=True) if pins and delta is not None]
-        held, limit = sum(delta.nbytes for delta in pinned), self._limits.device_bytes
-        return len(pinned) < len(self.slots) and (limit is None or not held or held + num_bytes <= limit)
+    def _fits(self, count: int, held: int, num_bytes: int) -> bool:
+        limit = self._limits.device_bytes
+        return count < len(self.slots) and (limit is None or not held or held + num_bytes <= limit)
 
-    def _evict(self, digest: DeltaDigest) -> None:
-        slot = self._device_tier.pop(digest)
-        assert not self._pins[slot]
-        self.slots[slot] = None
+    def _close_for(self, num_bytes: int) -> None:
+        """Closes slots in use that had their quantum, the one whose delta came longest ago first, until `num_bytes`
+        would fit without them."""
+        count, held = len(self._slot_of) + len(self._arriving), self._device_bytes()
+        for digest, slot in sorted(self._slot_of.items(), key=lambda item: self._placed_s[item[1]]):
+            if self._fits(count, held, num_bytes):
+                return
+            if self._pins[slot] and digest not in self._kept and self._had_quantum(digest):
+                self._closed.add(slot)
+                count, held = count - 1, held - self._bytes_of(digest)
+
+    def _bytes_of(self, digest: DeltaDigest) -> int:
+        delta = self.slots[self._slot_of[digest]]
+        return delta.nbytes if delta else 0
+
+    def _kept_bytes(self, but: DeltaDigest) -> int:
+        """0 where nothing else is kept: a delta larger than the limit is served alone."""
+        return sum(self._bytes_of(digest) for digest in self._kept if digest != but and digest in self._slot_of)
 
     def _device_bytes(self) -> int:
-        return sum(delta.nbytes for delta in self.slots if delta is not None)
+        placed = sum(delta.nbytes for delta in self.slots if delta is not None)
+        return placed + sum(size for _, size in self._arriving.values())
 
-    def _trim_host(self) -> None:
+    def _trim_host(self, newest: DeltaDigest) -> None:
+        """Down to the limits, but for `newest`: what is not waited for first, then what is last in turn."""
+        turns = {digest: place for place, digest in enumerate(self._wanted)}
+        order = sorted(
+            (digest for digest in self._host_tier if digest != newest),
+            key=lambda d: (d in turns, -turns.get(d, 0), self._on_host.standing(d)),
+            reverse=True,
+        )
         limit = self._limits.host_bytes
-        while len(self._host_tier) > 1 and (
-            len(self._host_tier) > self._limits.host_deltas
-            or (limit is not None and sum(delta.nbytes for delta in self._host_tier.values()) > limit)
-        ):
-            self._host_tier.popitem(last=False)
+        held = sum(delta.nbytes for delta in self._host_tier.values())
+        while order and (len(self._host_tier) > self._limits.host_deltas or (limit is not None and held > limit)):
+            held -= self._host_tier[order[-1]].nbytes
+            self._drop_from_host(order.pop())
+
+    def _use_on_device(self, digest: DeltaDigest) -> None:
+        self._on_device.use(digest, self._reload_s(digest), self._bytes_of(digest))
+        if digest in self._host_tier:
+            self._use_on_host(digest)
+
+    def _use_on_host(self, digest: DeltaDigest) -> None:
+        self._on_host.use(digest, self._costs.get(("disk", digest), 0.0), self._host_tier[digest].nbytes)
+
+    def _drop_from_device(self, digest: DeltaDigest, *, evicted: bool = True) -> None:
+        slot = self._slot_of.pop(digest)
+        assert not self._pins[slot]
+        self.slots[slot] = None
+        self._on_device.remove(digest, evicted=evicted)
+
+    def _drop_from_host(self, digest: DeltaDigest, *, evicted: bool = True) -> None:
+        self._host_tier.pop(digest, None)
+        self._on_host.remove(digest, evicted=evicted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -80,7 +81,7 @@ class ResidentDelta:
             None if self.bundle is None else self.bundle.to(device),
         )
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Summed from the real tensors."""
         layers = sum(layer.nbytes for layer in self.layers.values()) + (self.bundle.nbytes if self.bundle else 0)

@@ -4,7 +4,8 @@ There is no prefill and no decode phase: a request has tokens that the KV cache 
 at most `max_num_batched_tokens` over all requests. Those that lack one token, the last sampled, come first; then
 prompts, running and waiting ones, by the turn of their party (engine.fairness).
 
-A waiting request whose delta is not on the device yet is skipped, never the ones behind it. When seats or blocks run
+A waiting request whose delta is not on the device yet is skipped, never the ones behind it; the gate hears which deltas
+are waited for, in turn, and may ask for a slot back from those who run. When seats or blocks run
 out, a party that has fewer than its share takes those of the newest request of the party that has the most; when a
 running request finds no block, the same one gives its own back. Whoever gives way is computed again later. A request
 that all blocks together cannot hold fails, so that it does not wait for ever before the others.
@@ -21,7 +22,7 @@ from deltaserve.engine.blocks import BlockPool
 from deltaserve.engine.fairness import FairQueue
 from deltaserve.engine.types import DeltaGate, Request
 from deltaserve.errors import ContextLengthExceeded, DeltaServeError
-from deltaserve.ids import BASE_SLOT
+from deltaserve.ids import BASE_SLOT, Slot
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,9 @@ class Scheduler:
     def plan(self) -> tuple[list[Chunk], list[tuple[Request, DeltaServeError]]]:
         """The next step's chunks, sorted by slot; and waiting requests that cannot be served, to be removed."""
         plan = StepPlan(self._max_num_batched_tokens)
+        for slot in self._gate.overdue():
+            self._vacate(plan, slot)
+        self._gate.want(list(dict.fromkeys(r.digest for r in self.waiting if r.digest and not r.pinned)))
         for request in self.running:
             self.blocks.publish(request)  # the last step's
         for request in [r for r in self.running if r.num_pending == 1]:
@@ -213,7 +217,7 @@ class Scheduler:
         return True
 
     def _preempt(self, plan: StepPlan, victim: Request) -> None:
-        """Back to the head of its queue. It keeps its tokens and its pin: a running request's delta never leaves."""
+        """Back to the head of its queue. It keeps its tokens and its pin."""
         chunk = plan.chunks.pop(victim, None)
         if chunk is not None:
             plan.left += chunk.num_tokens
@@ -224,6 +228,13 @@ class Scheduler:
         victim.prompt_reports.clear()
         self.waiting.put_back(victim)
         self.num_preemptions += 1
+
+    def _vacate(self, plan: StepPlan, slot: Slot) -> None:
+        """Its requests wait for their delta again."""
+        for request in [r for r in self if r.pinned and r.slot == slot]:
+            if request in self.running:
+                self._preempt(plan, request)
+            self._unpin(request)
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)

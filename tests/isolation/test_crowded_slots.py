@@ -1,0 +1,80 @@
+"""More deltas than places, in every proportion: each request is served in the end, and everything is given back."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deltaserve.codecs.registry import make_codec
+from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.deltas.compress import compress
+from deltaserve.deltas.residency import Limits, Residency
+from deltaserve.engine.blocks import BlockPool
+from deltaserve.engine.scheduler import Scheduler
+from deltaserve.ids import DeltaDigest
+
+from .rig import CPU, WAIT_S, make_request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def files(
+    tiny_base: Path, make_finetune: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[DeltaDigest, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    tuned = make_finetune(tiny_base, folder / "tuned", scale=0.02, seed=1)
+    found: dict[DeltaDigest, Path] = {}
+    for seed in range(6):
+        path = folder / f"{seed}.safetensors"
+        compress(Checkpoint.open(tiny_base), Checkpoint.open(tuned), make_codec("bitdelta"), path, seed=seed)
+        found[DeltaDigest(hashlib.sha256(path.read_bytes()).hexdigest())] = path
+    return found
+
+
+@pytest.mark.parametrize("patience_s", [0.0, 0.01, 30.0])
+@pytest.mark.parametrize("device", [1, 2, 4])
+@pytest.mark.parametrize("host", [1, 3, 6])
+def test_every_request_is_served(files: dict[DeltaDigest, Path], device: int, host: int, patience_s: float) -> None:
+    chance = random.Random(device * 100 + host)
+    ready = threading.Event()
+    limits = Limits(device, host, quantum_s=min(patience_s, 0.005), max_wait_s=patience_s)
+    residency = Residency(files.__getitem__, CPU, limits, on_ready=ready.set)
+    blocks = BlockPool(40, 4, b"salt")
+    scheduler = Scheduler(blocks, residency, max_num_seqs=3, max_num_batched_tokens=64)
+    requests = [
+        make_request([chance.randrange(3) for _ in range(chance.randint(1, 20))], chance.choice([None, *files]))
+        for _ in range(40)
+    ]
+    arriving = list(requests)
+    steps = 0
+    while arriving or len(scheduler):
+        if arriving and chance.random() < 0.5:
+            scheduler.add(arriving.pop())
+        ready.clear()
+        chunks, failed = scheduler.plan()
+        assert not failed
+        steps += 1
+        assert steps < 20_000
+        if not chunks and not arriving:
+            assert ready.wait(WAIT_S), "nothing runs and nothing loads"
+        for chunk in chunks:
+            request = chunk.request
+            assert (request.slot >= 0) == (request.digest is not None)
+            if request.digest is not None:
+                assert residency.state(request.digest) == "device"
+            sampled = chunk.samples
+            request.num_computed += chunk.num_tokens
+            if sampled:
+                request.tokens.append(7)
+            if request.num_generated >= 4:
+                scheduler.remove(request)
+    assert all(request.num_generated == 4 for request in requests)
+    assert (residency.counts()["pinned"], blocks.num_free) == (0, 40)
+    residency.close()
