@@ -25,6 +25,7 @@ COMMANDS = {  # module → what its register(subparsers) adds
     "artifacts": ("inspect", "restore"),
     "comparison": ("evaluate", "compare"),
     "serving": ("serve", "demo"),
+    "bench": ("bench",),
     "remote": ("push", "models", "complete", "delete"),
     "accounts": ("tenant", "key", "usage", "audit"),
 }

@@ -1,0 +1,1 @@
+"""Load on an engine in this process or on a server somewhere, and what each tenant got of it."""
