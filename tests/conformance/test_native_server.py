@@ -26,13 +26,18 @@ def instruction_set() -> str:
         pytest.skip(str(error))
 
 
+ONE_PLACE = ["--max-deltas", "1", "--delta-quantum-s", "0.01", "--max-delta-wait-s", "0.05"]
+
+
+@pytest.mark.parametrize("flags", [[], ONE_PLACE, ["--no-prefix-caching"]], ids=["", "one place", "nothing cached"])
 def test_all_at_once_are_answered_like_each_alone(
     start_server: Callable[..., Any],
     tenants: dict[str, Any],
     at_once: Callable[..., list[Any]],
     instruction_set: str,
+    flags: list[str],
 ) -> None:
-    server = start_server("--dtype", "bfloat16", "--max-num-batched-tokens", "16")
+    server = start_server("--dtype", "bfloat16", "--max-num-batched-tokens", "16", *flags)
     version = server.http.get("/version").json()
     assert (version["decoder"], version["kernels"], version["dtype"]) == ("native", instruction_set, "bfloat16")
     for name in MODELS[1:]:

@@ -194,6 +194,16 @@ def test_decoding_goes_before_prompts_within_a_step() -> None:
         assert short in town.step()
 
 
+def test_all_who_decode_do_so_in_every_step_however_small_the_budget() -> None:
+    town = Town(seats=8, budget=3)
+    requests = [of("a", 1, 30) for _ in range(6)]
+    town.add(*requests)
+    for _ in range(6):
+        town.step()
+    assert {request.num_generated for request in town.scheduler.running} <= {5, 6}
+    assert len(town.scheduler.running) == 3
+
+
 def test_being_preempted_is_not_charged() -> None:
     town = Town(blocks=8)
     requests = [of("a", 8, 12), of("b", 8, 12)]

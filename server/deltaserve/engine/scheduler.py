@@ -64,8 +64,9 @@ class Scheduler:
         self.running: list[Request] = []
         self.seats: Counter[str] = Counter()  # running requests of each party
         self.num_preemptions = 0
+        self._largest: float | None = None  # see _to_give_way; None: to be found again
         self._gate = gate
-        self._max_num_seqs = max_num_seqs
+        self._max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that all who decode do so in every step
         self._max_num_batched_tokens = max_num_batched_tokens
         self._most_seats = max_num_seqs_per_tenant or max_num_seqs
 
@@ -172,13 +173,20 @@ class Scheduler:
         self.waiting.remove(request)
         self.running.append(request)
         self.seats[request.party] += 1
+        self._largest = None
         return True
 
     def _to_give_way(self, party: str, num_blocks: int) -> list[Request] | None:
         """Running requests whose seats and blocks would give `party` one seat more and `num_blocks` blocks: of parties
         that were served more and then still have as many seats as it, by weight. None if that cannot be had."""
-        queue, victims, seats = self.waiting, list[Request](), self.seats.copy()
-        share = (seats[party] + 1) / queue.weight(party)
+        if self.num_free_seats and self.blocks.num_free >= num_blocks:
+            return []
+        queue, share = self.waiting, (self.seats[party] + 1) / self.waiting.weight(party)
+        if self._largest is None:  # what the party with the most seats would still have without one of them
+            self._largest = max(((n - 1) / queue.weight(other) for other, n in self.seats.items()), default=0.0)
+        if self._largest < share:
+            return None
+        victims, seats = list[Request](), self.seats.copy()
         served_more = [other for other in seats if seats[other] and queue.counter(other) > queue.counter(party)]
         free_seats, free_blocks = self.num_free_seats, self.blocks.num_free
         while not free_seats or free_blocks < num_blocks:
@@ -238,6 +246,7 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
+        self._largest = None
         self.seats[request.party] -= 1
         if not self.seats[request.party]:
             del self.seats[request.party]
