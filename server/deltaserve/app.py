@@ -121,6 +121,7 @@ def build_services(settings: Settings) -> Services:
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_num_seqs_per_tenant=settings.max_num_seqs_per_tenant,
+        max_num_batched_tokens_per_tenant=settings.max_num_batched_tokens_per_tenant,
         weights=settings.tenant_weights,
     )
     queued_each = settings.max_num_queued_reqs_per_tenant

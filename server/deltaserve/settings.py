@@ -66,6 +66,9 @@ class Settings(BaseSettings):
     max_num_seqs_per_tenant: int | None = Field(
         None, ge=1, description="of those that run, at most this many of one tenant (default: no bound)"
     )
+    max_num_batched_tokens_per_tenant: int | None = Field(
+        None, ge=1, description="of one step's tokens, at most this many of one tenant (default: an even part)"
+    )
     max_num_queued_reqs_per_tenant: int | None = Field(
         None, ge=0, description="of those that wait, at most this many of one tenant (default: half)"
     )

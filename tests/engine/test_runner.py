@@ -106,7 +106,7 @@ def test_prompt_logprobs_of_a_request_preempted_while_it_is_read_come_once(model
     rig.scheduler.add(second)
     while second.num_computed < 6:
         rig.step()
-    rig.scheduler._preempt(StepPlan(0), second)
+    rig.scheduler._preempt(StepPlan(0, 0), second)
     rig.run()
     assert [report.token_id for report in second.prompt_reports] == PROMPT[1:]
 

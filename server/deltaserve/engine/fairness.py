@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from deltaserve.engine.types import Request
 
@@ -39,6 +39,11 @@ class FairQueue:
 
     def __contains__(self, request: Request) -> bool:
         return request in self._waiting.get(request.party, ())
+
+    @property
+    def parties(self) -> Collection[str]:
+        """Those that wait."""
+        return self._waiting.keys()
 
     def weight(self, party: str) -> float:
         return self._weights.get(party, 1.0)

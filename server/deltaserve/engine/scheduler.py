@@ -2,7 +2,8 @@
 
 There is no prefill and no decode phase: a request has tokens that the KV cache lacks, and a step computes some,
 at most `max_num_batched_tokens` over all requests. Those that lack one token, the last sampled, come first; then
-prompts, running and waiting ones, by the turn of their party (engine.fairness).
+prompts, running and waiting ones, by the turn of their party (engine.fairness). A party that has more seats than one
+whose prompt is read before its own lets that step stay short: its prompts go on in the next.
 
 A waiting request whose delta is not on the device yet is skipped, never the ones behind it; the gate hears which deltas
 are waited for, in turn, and may ask for a slot back from those who run. When seats or blocks run
@@ -14,6 +15,7 @@ that all blocks together cannot hold fails, so that it does not wait for ever be
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +25,8 @@ from deltaserve.engine.fairness import FairQueue
 from deltaserve.engine.types import DeltaGate, Request
 from deltaserve.errors import ContextLengthExceeded, DeltaServeError
 from deltaserve.ids import BASE_SLOT, Slot
+
+LATELY = 256  # steps
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,10 @@ class StepPlan:
     """A step as it is put together."""
 
     left: int  # tokens
+    most_each: int  # tokens of one party
     full: bool = False  # the one whose turn it is lacks blocks, and nobody overtakes it
     chunks: dict[Request, Chunk] = field(default_factory=dict)
+    read: Counter[str] = field(default_factory=Counter)  # tokens of each party
     failed: dict[Request, DeltaServeError] = field(default_factory=dict)
 
 
@@ -57,6 +63,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_num_seqs_per_tenant: int | None = None,
+        max_num_batched_tokens_per_tenant: int | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
         self.blocks = blocks
@@ -68,7 +75,10 @@ class Scheduler:
         self._gate = gate
         self._max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that all who decode do so in every step
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._most_seats = max_num_seqs_per_tenant or max_num_seqs
+        self._most_tokens = max_num_batched_tokens_per_tenant
+        self._most_seats = min(max_num_seqs_per_tenant or max_num_seqs, self._most_tokens or max_num_batched_tokens)
+        self._num_plans = 0
+        self._seen: dict[str, int] = {}  # party → the last plan in which it had something to do
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -96,7 +106,7 @@ class Scheduler:
 
     def plan(self) -> tuple[list[Chunk], list[tuple[Request, DeltaServeError]]]:
         """The next step's chunks, sorted by slot; and waiting requests that cannot be served, to be removed."""
-        plan = StepPlan(self._max_num_batched_tokens)
+        plan = StepPlan(self._max_num_batched_tokens, self._tokens_each())
         for slot in self._gate.overdue():
             self._vacate(plan, slot)
         self._gate.want(list(dict.fromkeys(r.digest for r in self.waiting if r.digest and not r.pinned)))
@@ -110,9 +120,14 @@ class Scheduler:
             pending.setdefault(request.party, deque()).append(request)
         turns = [(*self._turn(party), party) for party in pending]
         heapq.heapify(turns)
+        least, smallest = math.inf, ""  # the fewest seats, by weight, of a party whose prompt is read in this step
         while turns and plan.left:
             *_, party = heapq.heappop(turns)
+            weight = self.waiting.weight(party)
+            if party != smallest and (self.seats[party] - 1) / weight >= least or not self._room(plan, party):
+                continue
             if self._take_first(plan, pending[party]):
+                least, smallest = min((least, smallest), (self.seats[party] / weight, party))
                 heapq.heappush(turns, (*self._turn(party), party))
         return sorted(plan.chunks.values(), key=lambda chunk: chunk.request.slot), list(plan.failed.items())
 
@@ -131,10 +146,25 @@ class Scheduler:
                 return True
         return False
 
+    def _room(self, plan: StepPlan, party: str) -> int:
+        return min(plan.left, plan.most_each - plan.read[party])
+
+    def _tokens_each(self) -> int:
+        """Of a step's tokens, those that one party may have: an even part among all that asked for something lately, so
+        that a step is not long for one's sake when another's request comes; a 16th at least, or what the settings
+        say."""
+        self._num_plans += 1
+        for party in {*self.seats, *self.waiting.parties}:
+            self._seen[party] = self._num_plans
+        self._seen = {party: at for party, at in self._seen.items() if self._num_plans - at < LATELY}
+        even = self._max_num_batched_tokens // min(max(len(self._seen), 1), 16)
+        return self._most_tokens or max(even, self._most_seats)
+
     def _take(self, plan: StepPlan, request: Request) -> None:
         """What was computed before and given back is not charged again."""
-        chunk = Chunk(request, request.num_computed, min(request.num_pending, plan.left))
+        chunk = Chunk(request, request.num_computed, min(request.num_pending, self._room(plan, request.party)))
         plan.left -= chunk.num_tokens
+        plan.read[request.party] += chunk.num_tokens
         plan.chunks[request] = chunk
         end = min(chunk.start + chunk.num_tokens, len(request.prompt_ids))
         new = max(end - max(chunk.start, request.num_charged), 0)
@@ -229,6 +259,7 @@ class Scheduler:
         chunk = plan.chunks.pop(victim, None)
         if chunk is not None:
             plan.left += chunk.num_tokens
+            plan.read[victim.party] -= chunk.num_tokens
             self.waiting.charge(victim.party, 0, -chunk.samples)
         self._leave(victim)
         self.blocks.release(victim)
