@@ -22,7 +22,8 @@ from deltaserve.api.middleware import Authenticate, Identify
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.intake import Intake
-from deltaserve.deltas.residency import Limits, Residency
+from deltaserve.deltas.limits import Limits
+from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.store import DeltaStore
 from deltaserve.engine.blocks import BlockPool
 from deltaserve.engine.loop import Engine

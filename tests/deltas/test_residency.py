@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from deltaserve.deltas.artifact import Artifact
-from deltaserve.deltas.residency import Limits, Residency
+from deltaserve.deltas.limits import Limits
+from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.resident import ResidentDelta
 from deltaserve.errors import BadRequest, DeltaLoadFailed
 from deltaserve.ids import DeltaDigest, Slot

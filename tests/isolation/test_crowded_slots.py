@@ -12,7 +12,8 @@ import pytest
 from deltaserve.codecs.registry import make_codec
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import compress
-from deltaserve.deltas.residency import Limits, Residency
+from deltaserve.deltas.limits import Limits
+from deltaserve.deltas.residency import Residency
 from deltaserve.engine.blocks import BlockPool
 from deltaserve.engine.scheduler import Scheduler
 from deltaserve.ids import DeltaDigest

@@ -16,7 +16,8 @@ from deltaserve.codecs.budget import Budget
 from deltaserve.codecs.registry import make_codec
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import compress
-from deltaserve.deltas.residency import Limits, Residency
+from deltaserve.deltas.limits import Limits
+from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.store import DeltaStore, Destination
 from deltaserve.errors import DeltaLoadFailed, ModelNotFound
 from deltaserve.tenants.accounts import Accounts, Caller

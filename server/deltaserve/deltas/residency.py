@@ -13,38 +13,24 @@ had its quantum: no new request gets in there, and the slot changes hands when t
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.eviction import GreedyDual
+from deltaserve.deltas.limits import Limits
 from deltaserve.deltas.resident import ResidentDelta, Serve, for_torch
 from deltaserve.errors import BadRequest, DeltaLoadFailed
 from deltaserve.ids import DeltaDigest, Slot
 
 logger = logging.getLogger(__name__)
 AMORTISE = 10  # a delta keeps its slot for this many times what it took to bring it
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of each tier: deltas, and bytes (None = no bound). Of a slot: how long it is kept while others wait."""
-
-    device_deltas: int
-    host_deltas: int
-    device_bytes: int | None = None
-    host_bytes: int | None = None
-    quantum_s: float = 1.0
-    max_wait_s: float = 30.0
 
 
 class Residency:
@@ -188,7 +174,7 @@ class Residency:
             delta = self.slots[self._slot_of[digest]] if digest in self._slot_of else self._host_tier.get(digest)
             return delta.nbytes if delta else None
 
-    # All that follows is called under the lock, but for _read_one, _read, _copy_one and _tell.
+    # All that follows is called under the lock, but for _read_one, _copy_one and _tell.
 
     def _settle(self) -> None:
         """Brings what can be brought, in turn; the first that finds no room is not overtaken. Starts the next read."""
@@ -234,7 +220,7 @@ class Residency:
         failure: DeltaLoadFailed | None = None
         host: ResidentDelta | None = None
         try:
-            host = self._read(digest)
+            host = ResidentDelta.read(self._path_of(digest), digest, self._serve)
         except DeltaLoadFailed as error:
             failure = error
         except Exception as error:
@@ -249,14 +235,6 @@ class Residency:
                 self._trim_host(digest)
             self._moved(digest, failure)
         self._tell("disk", began, failure)
-
-    def _read(self, digest: DeltaDigest) -> ResidentDelta:
-        path = self._path_of(digest)
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != digest:
-            raise DeltaLoadFailed(f"the stored delta {digest[:12]} is damaged: its bytes have the digest {found[:12]}")
-        return ResidentDelta.load(Artifact.open(path), self._serve)
 
     def _try_bring(self, digest: DeltaDigest, host: ResidentDelta) -> bool:
         """Into a slot, unpinned; False, and nothing evicted, if no room can be made."""

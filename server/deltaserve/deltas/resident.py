@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
 
 from deltaserve.deltas.artifact import Artifact, Override
 from deltaserve.deltas.base_factors import BaseFactors
+from deltaserve.errors import DeltaLoadFailed
+from deltaserve.ids import DeltaDigest
 from deltaserve_kernels.fused.bundle import Bundle
 from deltaserve_kernels.fused.parts import FusedTerm
 from deltaserve_kernels.native.parts import Part
@@ -69,6 +73,15 @@ class ResidentDelta:
         }
         overrides = {name: artifact.override(name).to("cpu", copy=True) for name in manifest.overrides}
         return cls(layers, overrides, manifest.model_config_changes.get("tie_word_embeddings") is False)
+
+    @classmethod
+    def read(cls, path: Path, digest: DeltaDigest, serve: Serve = for_torch) -> ResidentDelta:
+        """`load` of a file whose bytes have `digest`. Raises DeltaLoadFailed for others, OSError, ArtifactError."""
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != digest:
+            raise DeltaLoadFailed(f"the stored delta {digest[:12]} is damaged: its bytes have the digest {found[:12]}")
+        return cls.load(Artifact.open(path), serve)
 
     def to(self, device: torch.device | str) -> ResidentDelta:
         """On `device`; itself where it is there already."""
