@@ -445,6 +445,26 @@ def test_what_is_kept_is_loaded_and_stays_until_it_is_let_go(make: Callable[...,
     assert shelf.states()[:2] == ["host", "device"]
 
 
+def test_a_prewarmed_delta_is_there_before_it_is_asked_for(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=2)
+    shelf.residency.prewarm(shelf.digests[0])
+    shelf.wait_for("device")
+    shelf.residency.prewarm(shelf.digests[0])
+    assert shelf.residency.try_pin(shelf.digests[0]) is not None
+    assert shelf.num_read == 1
+
+
+def test_a_prewarmed_delta_takes_nobodys_slot(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=1)
+    slot = shelf.pin(0)
+    shelf.residency.prewarm(shelf.digests[1])
+    shelf.wait_for("device", "host")
+    shelf.now = 1e6
+    shelf.want()
+    assert shelf.residency.overdue() == []
+    assert shelf.pin(0) == slot
+
+
 def test_one_slot_stays_free_of_what_is_kept(make: Callable[..., Shelf]) -> None:
     shelf = make(device=2)
     shelf.residency.keep(shelf.digests[0])

@@ -24,6 +24,7 @@ from deltaserve.engine.text import Profile, Sink
 from deltaserve.engine.types import Event, Request, SamplingParams
 from deltaserve.errors import BadRequest, ContextLengthExceeded, DeltaServeError
 from deltaserve.ids import DeltaDigest, RequestId
+from deltaserve.tenants.migrations import DEFAULT_TENANT
 
 T = TypeVar("T")
 Prompts = Callable[[Profile], list[list[int]]]
@@ -160,6 +161,7 @@ class Generation:
         self.prompts = prompts(self.profile)
         now = time.monotonic()
         requests: list[Request] = []
+        owner = self._meter.caller.tenant
         for ids in self.prompts:
             self._check_ids(ids)
             sampling = self._meter.bounded(params(self.profile, len(ids)), self._body.asked_tokens)
@@ -176,7 +178,7 @@ class Generation:
                         sink=Sink(self.profile, ids, sampling),
                         emit=self._emitter(index),
                         arrival_s=now,
-                        tenant=self._meter.caller.tenant.name,
+                        tenant="" if owner.id == DEFAULT_TENANT else owner.name,  # alone, its models are the parties
                     )
                 )
         return requests

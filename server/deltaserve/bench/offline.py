@@ -10,7 +10,9 @@ from typing import Any
 
 from deltaserve.api.deps import Services
 from deltaserve.app import build_services, close_services
+from deltaserve.deltas.store import Destination
 from deltaserve.settings import Settings
+from deltaserve.tenants.accounts import Caller
 
 
 @contextmanager
@@ -26,11 +28,16 @@ def engine(base: str, artifacts: Mapping[str, Path], **settings: Any) -> Iterato
             close_services(services)
 
 
+def caller(services: Services) -> Caller:
+    """Whose the artifacts are."""
+    return Caller(services.accounts.default, "bench", frozenset())
+
+
 def register(services: Services, name: str, artifact: bytes) -> None:
     """As an upload does."""
-    upload = services.intake.begin()
+    upload = services.intake.begin(services.intake.max_bytes)
     try:
         upload.write(artifact)
-        services.intake.accept(name, upload, None)
+        services.intake.accept(Destination(services.accounts.default, name, "bench"), upload, None)
     finally:
         upload.close()

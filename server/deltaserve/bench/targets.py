@@ -14,6 +14,7 @@ from typing import Protocol
 import httpx
 
 from deltaserve.api.deps import Services
+from deltaserve.bench.offline import caller
 from deltaserve.bench.workload import Job
 from deltaserve.engine.text import Sink
 from deltaserve.engine.types import Event, Request, SamplingParams
@@ -73,7 +74,7 @@ class EngineTarget:
         services, loop = self.services, asyncio.get_running_loop()
         sample = Sample(job.model, job.due_s)
         events: asyncio.Queue[tuple[float, Event]] = asyncio.Queue()
-        digest = None if job.model == services.base_id else services.store.lease(job.model).digest
+        digest = None if job.model == services.base_id else services.store.lease(caller(services), job.model)[1].digest
         try:
             if digest is not None:
                 sample = replace(sample, state=services.residency.state(digest))

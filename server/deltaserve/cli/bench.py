@@ -68,15 +68,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _here(args: argparse.Namespace) -> list[Sample]:
-    from deltaserve.bench.offline import engine
+    from deltaserve.bench.offline import caller, engine
     from deltaserve.bench.targets import EngineTarget, play
 
     artifacts = {name: Path(file) for name, file in _pairs(args.delta, "--delta").items()}
     with engine(args.base, artifacts, **_pairs(args.set, "--set")) as services:
         jobs = _jobs(args, [services.base_id, *artifacts])
-        for job in jobs:
-            if job.model != services.base_id:
-                services.store.get(job.model)  # an unknown name is an error now, not a request that fails
+        for name in {job.model for job in jobs} - {services.base_id}:
+            services.store.models.find(caller(services), name)  # an unknown name is an error now
         return asyncio.run(play(jobs, EngineTarget(services)))
 
 

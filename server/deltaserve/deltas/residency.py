@@ -25,7 +25,7 @@ import torch
 
 from deltaserve.deltas.eviction import GreedyDual
 from deltaserve.deltas.limits import Limits
-from deltaserve.deltas.resident import ResidentDelta, Serve, for_torch
+from deltaserve.deltas.resident import Load, ResidentDelta, read_delta
 from deltaserve.errors import BadRequest, DeltaLoadFailed
 from deltaserve.ids import DeltaDigest, Slot
 
@@ -45,7 +45,7 @@ class Residency:
         device: torch.device,
         limits: Limits,
         *,
-        serve: Serve = for_torch,
+        load: Load = ResidentDelta.load,
         on_ready: Callable[[], None],
         on_loaded: Callable[[str, float], None] = lambda tier, seconds: None,
         clock: Callable[[], float] = time.monotonic,
@@ -54,7 +54,7 @@ class Residency:
         self._path_of = path_of
         self._device = device
         self._limits = limits
-        self._serve = serve
+        self._load = load
         self._on_ready = on_ready
         self._on_loaded = on_loaded
         self._clock = clock
@@ -70,6 +70,7 @@ class Residency:
         self._closed: set[Slot] = set()
         self._wanted: dict[DeltaDigest, float] = {}  # what is waited for and since when, the first in turn first
         self._kept: dict[DeltaDigest, None] = {}
+        self._prewarmed: dict[DeltaDigest, None] = {}  # to be brought once, where there is room
         self._reading: DeltaDigest | None = None
         self._failures: dict[DeltaDigest, DeltaLoadFailed] = {}  # not told yet
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="delta-reader")
@@ -133,11 +134,18 @@ class Residency:
             self._kept.pop(digest, None)
             self._settle()
 
+    def prewarm(self, digest: DeltaDigest) -> None:
+        """Brings a delta to the device, once, after those that are waited for and if there is room. Returns at once."""
+        with self._lock:
+            self._prewarmed[digest] = None
+            self._settle()
+
     def discard(self, digests: Sequence[DeltaDigest]) -> None:
         """Lets go of deltas that no name points to any more, unless they are in use."""
         with self._lock:
             for digest in digests:
                 self._kept.pop(digest, None)
+                self._prewarmed.pop(digest, None)
                 self._drop_from_host(digest, evicted=False)
                 self._sizes.pop(digest, None)
                 self._failures.pop(digest, None)
@@ -188,15 +196,17 @@ class Residency:
                 failure = f"the delta {digest[:12]}, {host.nbytes} bytes, does not fit beside those that are kept"
                 self._failures[digest] = DeltaLoadFailed(failure)
                 continue
-            self._close_for(host.nbytes)
-            break
+            if digest in self._wanted or digest in self._kept:
+                self._close_for(host.nbytes)
+                break
+            self._prewarmed.pop(digest)
         if self._reading is None and (following := self._next_to_read()) is not None:
             self._reading = following
             self._reader.submit(self._read_one, following)
 
     def _lacking(self) -> Iterator[DeltaDigest]:
         """What should be on the device and is not, the first in turn first."""
-        for digest in [*self._kept, *(d for d in self._wanted if d not in self._kept)]:
+        for digest in dict.fromkeys([*self._kept, *self._wanted, *self._prewarmed]):
             if digest not in self._slot_of and digest not in self._arriving and digest not in self._failures:
                 yield digest
 
@@ -220,7 +230,7 @@ class Residency:
         failure: DeltaLoadFailed | None = None
         host: ResidentDelta | None = None
         try:
-            host = ResidentDelta.read(self._path_of(digest), digest, self._serve)
+            host = read_delta(self._path_of(digest), digest, self._load)
         except DeltaLoadFailed as error:
             failure = error
         except Exception as error:
@@ -269,6 +279,7 @@ class Residency:
         self.slots[slot] = delta
         self._slot_of[digest] = slot
         self._placed_s[slot] = self._clock()
+        self._prewarmed.pop(digest, None)
         self._use_on_device(digest)
 
     def _moved(self, digest: DeltaDigest, failure: DeltaLoadFailed | None) -> None:
@@ -278,6 +289,7 @@ class Residency:
             self._failures[digest] = failure
             self._wanted.pop(digest, None)
             self._kept.pop(digest, None)
+            self._prewarmed.pop(digest, None)
         self._settle()
 
     def _tell(self, tier: str, began: float, failure: DeltaLoadFailed | None) -> None:

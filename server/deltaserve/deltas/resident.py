@@ -74,15 +74,6 @@ class ResidentDelta:
         overrides = {name: artifact.override(name).to("cpu", copy=True) for name in manifest.overrides}
         return cls(layers, overrides, manifest.model_config_changes.get("tie_word_embeddings") is False)
 
-    @classmethod
-    def read(cls, path: Path, digest: DeltaDigest, serve: Serve = for_torch) -> ResidentDelta:
-        """`load` of a file whose bytes have `digest`. Raises DeltaLoadFailed for others, OSError, ArtifactError."""
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != digest:
-            raise DeltaLoadFailed(f"the stored delta {digest[:12]} is damaged: its bytes have the digest {found[:12]}")
-        return cls.load(Artifact.open(path), serve)
-
     def to(self, device: torch.device | str) -> ResidentDelta:
         """On `device`; itself where it is there already."""
         if torch.device(device).type == "cpu":
@@ -99,3 +90,12 @@ class ResidentDelta:
         """Summed from the real tensors."""
         layers = sum(layer.nbytes for layer in self.layers.values()) + (self.bundle.nbytes if self.bundle else 0)
         return layers + sum(override.nbytes for override in self.overrides.values())
+
+
+def read_delta(path: Path, digest: DeltaDigest, load: Load = ResidentDelta.load) -> ResidentDelta:
+    """`load` of a file whose bytes have `digest`. Raises DeltaLoadFailed for others, OSError, ArtifactError."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != digest:
+        raise DeltaLoadFailed(f"the stored delta {digest[:12]} is damaged: its bytes have the digest {found[:12]}")
+    return load(Artifact.open(path))
