@@ -1,7 +1,7 @@
 """One API request as sequences in the engine: set up off the event loop, listened to, and always cleaned up.
 
-A request resolves its model name once, here, to a digest that it leases until its last sequence has ended. A name that
-does not resolve is an error; nothing ever falls back to the base.
+A request resolves its model's name once, here, to a digest that it leases until its last sequence has ended; a mixture
+each of its names. A name that does not resolve is an error; nothing ever falls back to the base.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 
 from deltaserve.api.deps import Services
+from deltaserve.api.mixing import read_mixture
 from deltaserve.api.schemas import Generation as Wire
 from deltaserve.engine.text import Profile, Sink
-from deltaserve.engine.types import Event, Request, SamplingParams
+from deltaserve.engine.types import Event, Request, Row, SamplingParams
 from deltaserve.errors import BadRequest, ContextLengthExceeded
 from deltaserve.ids import DeltaDigest, RequestId
 
@@ -38,8 +39,8 @@ class Generation:
         self._body = body
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._leased: DeltaDigest | None = None
-        self.digest: DeltaDigest | None = None  # None = the base
+        self._leased: list[DeltaDigest] = []
+        self._digests: list[DeltaDigest | None] = []  # of the models that answer; None = the base
         self._live: dict[int, Request] = {}
         self._unfinished = 0  # requests whose last event has not come
         self._closed = False
@@ -87,9 +88,11 @@ class Generation:
         self._release_if_done()
 
     def _release_if_done(self) -> None:
-        if self._closed and not self._unfinished and self._leased is not None:
-            digest, self._leased = self._leased, None
-            self._loop.run_in_executor(None, self._services.store.release, digest)  # the disk may be slow
+        if self._closed and not self._unfinished:
+            while self._leased:
+                self._loop.run_in_executor(
+                    None, self._services.store.release, self._leased.pop()
+                )  # the disk may be slow
 
     def _hear(self, index: int, event: Event) -> None:
         self._events.put_nowait((index, event))
@@ -107,9 +110,8 @@ class Generation:
 
     @property
     def system_fingerprint(self) -> str:
-        """Which weights answered: base, and delta where there is one."""
-        base = self._services.base_fingerprint[:12]
-        return f"{base}-{self.digest[:12]}" if self.digest else base
+        """Which weights answered: base, and deltas where there are any."""
+        return "-".join([self._services.base_fingerprint[:12], *(d[:12] for d in self._digests if d is not None)])
 
     @property
     def usage(self) -> dict[str, int]:
@@ -128,10 +130,15 @@ class Generation:
 
     def _prepare(self, prompts: Prompts, params: Callable[[Profile, int], SamplingParams]) -> list[Request]:
         """Off the event loop: disk, templates, tokenizers."""
-        services = self._services
-        if self._body.model != services.base_id:
-            self.digest = self._leased = services.store.lease(self._body.model).digest
-        self.profile = services.text.profile(self.digest)
+        names, mixture = read_mixture(self._body)
+        self.profile = self._services.text.profile(self._lease(self._body.model))
+        self._digests = [self._lease(name) for name in names]
+        eos_ids = self.profile.eos_ids
+        for name, digest in zip(names, self._digests, strict=True):
+            profile = self._services.text.profile(digest)
+            eos_ids |= profile.eos_ids  # any model of a mixture may end the answer
+            if not profile.shares_vocabulary(self.profile):
+                raise BadRequest(f"{self._body.model!r} and {name!r} have different vocabularies", param="mixture")
         self.prompts = prompts(self.profile)
         now = time.monotonic()
         requests: list[Request] = []
@@ -143,10 +150,12 @@ class Generation:
                 requests.append(
                     Request(
                         id=RequestId(f"{self.id}-{index}"),
-                        digest=self.digest,
+                        digest=self._digests[0],
+                        others=tuple(Row(digest=digest) for digest in self._digests[1:]),
+                        mixture=mixture,
                         prompt_ids=ids,
                         params=_for_choice(sampling, choice),
-                        eos_ids=self.profile.eos_ids,
+                        eos_ids=eos_ids,
                         vocab_size=self.profile.vocab_size,
                         sink=Sink(self.profile, ids, sampling),
                         emit=self._emitter(index),
@@ -154,6 +163,13 @@ class Generation:
                     )
                 )
         return requests
+
+    def _lease(self, name: str) -> DeltaDigest | None:
+        """The digest behind a model's name, leased; None = the base. Raises ModelNotFound."""
+        if name == self._services.base_id:
+            return None
+        self._leased.append(self._services.store.lease(name).digest)
+        return self._leased[-1]
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if not ids:

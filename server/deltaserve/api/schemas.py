@@ -10,6 +10,7 @@ from deltaserve.engine.types import MAX_LOGPROBS
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 128
+MAX_MIXED = 8
 
 
 def _encodable(text: str) -> str:
@@ -40,10 +41,18 @@ class ResponseFormat(Wire):
     type: Literal["text"]
 
 
+class MixedModel(Wire):
+    model: Text
+    weight: Annotated[float, Field(ge=0, le=1e6)]
+
+
 class Generation(Wire):
     """The fields that both endpoints share. None = the model's own default, else the server's."""
 
     model: Text
+    mixture: Annotated[list[MixedModel], Field(min_length=1, max_length=MAX_MIXED)] | None = None
+    mixture_divergence: Literal["reverse_kl", "forward_kl", "alpha"] | None = None
+    mixture_alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.resident import ResidentDelta, Serve, for_torch
-from deltaserve.errors import DeltaLoadFailed
+from deltaserve.errors import BadRequest, DeltaLoadFailed
 from deltaserve.ids import DeltaDigest, Slot
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,20 @@ class Residency:
         with self._lock:
             self._pins[slot] -= 1
             assert self._pins[slot] >= 0, f"slot {slot} was unpinned more often than pinned"
+
+    def check_together(self, digests: Collection[DeltaDigest]) -> None:
+        """Raises BadRequest if these can never be on the device at the same time; a size is known after one load."""
+        limit = self._limits.device_bytes
+        with self._lock:
+            size = sum(self._sizes.get(digest, 0) for digest in digests)
+        if len(digests) > len(self.slots):
+            raise BadRequest(
+                f"a mixture of {len(digests)} deltas; at most {len(self.slots)} are on the device", param="mixture"
+            )
+        if limit is not None and len(digests) > 1 and size > limit:
+            raise BadRequest(
+                f"the deltas of this mixture have {size} bytes together; the device holds {limit}", param="mixture"
+            )
 
     def state(self, digest: DeltaDigest) -> str:
         """device, host or disk."""

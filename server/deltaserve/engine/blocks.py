@@ -21,15 +21,17 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def try_grow(self, request: Request, num_tokens: int) -> bool:
-        """Gives `request` the blocks its first `num_tokens` tokens need; False, and nothing changed, without them."""
-        missing = self.blocks_for(num_tokens) - len(request.blocks)
-        if missing > len(self._free):
+        """Gives every row of `request` the blocks its first `num_tokens` tokens need; False, and nothing changed,
+        without them."""
+        missing = [max(self.blocks_for(num_tokens) - len(row.blocks), 0) for row in request.rows]
+        if sum(missing) > len(self._free):
             return False
-        for _ in range(missing):
-            request.blocks.append(self._free.pop())
+        for row, count in zip(request.rows, missing, strict=True):
+            row.blocks.extend(self._free.pop() for _ in range(count))
         return True
 
     def release(self, request: Request) -> None:
         """Takes all blocks of `request` back."""
-        self._free.extend(reversed(request.blocks))
-        request.blocks.clear()
+        for row in request.rows:
+            self._free.extend(reversed(row.blocks))
+            row.blocks.clear()

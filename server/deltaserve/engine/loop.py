@@ -168,6 +168,8 @@ class Engine:
             return self._end(request, FinishReason.LENGTH, Event(prompt_logprobs=prompt))
         token = sampled.token_id
         request.tokens.append(token)
+        for row, logprob in zip(request.rows, result.row_logprobs, strict=False):
+            row.logprob += logprob
         self._observe_token(request, now)
         reports = (sampled.logprob,) if sampled.logprob else ()
         reason, stop_reason, text = self._judge(request, token)

@@ -5,17 +5,19 @@ at most `max_num_batched_tokens` over all requests. Running requests come first,
 waiting request whose delta is not on the device yet is skipped, never the ones behind it. When blocks run out, the
 request that was let in last gives its blocks back and is computed again later; one that all blocks together cannot hold
 fails, so that it does not wait for ever before the others.
+
+A mixture's rows run in the same step or not at all, and each counts: against seats, tokens of the step, and blocks.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from deltaserve.engine.blocks import BlockPool
-from deltaserve.engine.types import DeltaGate, Request
-from deltaserve.errors import ContextLengthExceeded, DeltaServeError
+from deltaserve.engine.types import DeltaGate, Request, Row
+from deltaserve.errors import BadRequest, ContextLengthExceeded, DeltaServeError
 from deltaserve.ids import BASE_SLOT
 
 
@@ -41,6 +43,7 @@ class Scheduler:
         self._gate = gate
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._gathering: Request | None = None  # the mixture that keeps some pins while it waits for the others
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -51,7 +54,7 @@ class Scheduler:
 
     @property
     def num_free_seats(self) -> int:
-        return max(self._max_num_seqs - len(self.running), 0)
+        return max(self._max_num_seqs - sum(len(request.rows) for request in self.running), 0)
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -63,62 +66,82 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
         self.blocks.release(request)
-        if request.pinned:
-            self._gate.unpin(request.slot)
-            request.pinned = False
-        request.slot = BASE_SLOT
+        self._unpin(request.rows)
+        if self._gathering is request:
+            self._gathering = None
 
     def plan(self) -> tuple[list[Chunk], list[tuple[Request, DeltaServeError]]]:
-        """The next step's chunks, sorted by slot; and waiting requests that cannot be served, to be removed."""
+        """The next step's chunks; and waiting requests that cannot be served, to be removed."""
         budget = self._max_num_batched_tokens
         chunks: list[Chunk] = []
         failed: list[tuple[Request, DeltaServeError]] = []
         for request in list(self.running):
             if request not in self.running:  # preempted by an earlier one of this loop
                 continue
-            size = min(request.num_pending, budget)
+            size = min(request.num_pending, budget // len(request.rows))
             if size and self._grow_or_preempt(request, request.num_computed + size):
                 chunks.append(Chunk(request, request.num_computed, size))
-                budget -= size
+                budget -= size * len(request.rows)
         for request in list(self.waiting):
-            if not budget or len(self.running) >= self._max_num_seqs:
-                break
-            if self.blocks.blocks_for(len(request.tokens)) > self.blocks.num_blocks:
-                room = self.blocks.num_blocks * self.blocks.block_size
-                error = f"{len(request.tokens)} tokens, but the KV cache has room for {room}"
-                failed.append((request, ContextLengthExceeded(error)))
-                continue
+            size = min(request.num_pending, budget // len(request.rows))
             try:
+                self._check_fits(request)
+                if not size or len(request.rows) > self.num_free_seats:
+                    break
                 admitted = self._try_pin(request)
             except DeltaServeError as failure:
                 failed.append((request, failure))
                 continue
             if not admitted:
                 continue
-            size = min(request.num_pending, budget)
             # Room for the whole request as it stands, so that a large prompt does not evict what it just let in.
             if not self.blocks.try_grow(request, len(request.tokens)):
-                self._unpin(request)
+                if not request.num_generated:  # else it was preempted: a running request's deltas never leave
+                    self._unpin(request.rows)
                 break
             self.waiting.remove(request)
             self.running.append(request)
             chunks.append(Chunk(request, request.num_computed, size))
-            budget -= size
-        return sorted(chunks, key=lambda chunk: chunk.request.slot), failed
+            budget -= size * len(request.rows)
+        return chunks, failed
+
+    def _check_fits(self, request: Request) -> None:
+        """Raises for what could wait for ever."""
+        rows = len(request.rows)
+        if rows > self._max_num_seqs:
+            raise BadRequest(f"a mixture of {rows} models; at most {self._max_num_seqs} sequences run", param="mixture")
+        if self.blocks.blocks_for(len(request.tokens)) * rows > self.blocks.num_blocks:
+            room = self.blocks.num_blocks // rows * self.blocks.block_size
+            each = f" for each of its {rows} models" if rows > 1 else ""
+            raise ContextLengthExceeded(f"{len(request.tokens)} tokens, but the KV cache has room for {room}{each}")
 
     def _try_pin(self, request: Request) -> bool:
-        if request.digest is None or request.pinned:
+        """Every delta of `request`, or False. One mixture at a time keeps what it got while it waits for the rest: with
+        none, loads for one would evict what was loaded for the other; with two, each could wait for the other's."""
+        missing = [(row, row.digest) for row in request.rows if row.digest is not None and not row.pinned]
+        if request.others:
+            self._gate.check_together({row.digest for row in request.rows if row.digest is not None})
+        got: list[Row] = []
+        for row, digest in missing:
+            slot = self._gate.try_pin(digest)
+            if slot is not None:
+                row.slot, row.pinned = slot, True
+                got.append(row)
+        if len(got) == len(missing):
+            if self._gathering is request:
+                self._gathering = None
             return True
-        slot = self._gate.try_pin(request.digest)
-        if slot is None:
-            return False
-        request.slot, request.pinned = slot, True
-        return True
+        if self._gathering in (None, request) and request.others:
+            self._gathering = request
+        else:
+            self._unpin(got)
+        return False
 
-    def _unpin(self, request: Request) -> None:
-        if request.pinned and not request.num_generated:
-            self._gate.unpin(request.slot)
-            request.slot, request.pinned = BASE_SLOT, False
+    def _unpin(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            if row.pinned:
+                self._gate.unpin(row.slot)
+            row.slot, row.pinned = BASE_SLOT, False
 
     def _grow_or_preempt(self, request: Request, num_tokens: int) -> bool:
         while not self.blocks.try_grow(request, num_tokens):

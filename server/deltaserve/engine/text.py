@@ -34,6 +34,10 @@ class Profile:
     vocab_size: int  # ids below are embedded
     longest_token: int  # characters; no text has fewer tokens than its length / this
 
+    def shares_vocabulary(self, other: Profile) -> bool:
+        """Does every id mean the same to both?"""
+        return self.tokenizer is other.tokenizer or self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+
     def token_text(self, token_id: int) -> str:
         """One token by itself; what a byte-level token means alone may be no character."""
         return str(self.tokenizer.decode([token_id], skip_special_tokens=False))
