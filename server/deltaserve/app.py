@@ -25,6 +25,7 @@ from deltaserve.deltas.intake import Intake
 from deltaserve.deltas.residency import Limits, Residency
 from deltaserve.deltas.store import DeltaStore
 from deltaserve.engine.blocks import BlockPool
+from deltaserve.engine.grammars import Grammars
 from deltaserve.engine.loop import Engine
 from deltaserve.engine.runner import Runner
 from deltaserve.engine.scheduler import Chunk, Scheduler
@@ -83,6 +84,9 @@ def build_services(settings: Settings) -> Services:
         lambda digest: Artifact.open(store.path(digest)).manifest,
     )
 
+    grammars = Grammars()
+    grammars.warm_up(text.base_profile.tokenizer)
+
     def check_template(artifact: Artifact) -> None:
         if artifact.manifest.chat_template is not None:
             text.check_template(artifact.manifest.chat_template)
@@ -117,6 +121,7 @@ def build_services(settings: Settings) -> Services:
         },
         engine=engine,
         text=text,
+        grammars=grammars,
         store=store,
         intake=intake,
         residency=residency,
@@ -144,6 +149,7 @@ def create_app(services: Services) -> FastAPI:
         services.upload_pool.shutdown()
         services.residency.close()
         services.text.close()
+        services.grammars.close()
         services.store.close()
 
     described = "/openapi.json" if services.settings.api_key is None else None  # with a key /health alone is open

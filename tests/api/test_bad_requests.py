@@ -33,7 +33,6 @@ def _post(http: httpx.Client, path: str, **fields: Any) -> httpx.Response:
         ("best_of", 2),
         ("suffix", "x"),
         ("guided_json", {}),
-        ("structured_outputs", {}),
         ("include_stop_str_in_output", True),
         ("prompt_logprobs", 1),
         ("allowed_token_ids", [1]),
@@ -49,12 +48,46 @@ def test_a_parameter_that_is_not_supported_is_named(
     assert error["param"] == field and field in error["message"]
 
 
-@pytest.mark.parametrize("format_type", ["json_object", "json_schema"])
-def test_other_response_formats_are_refused(format_type: str, http: httpx.Client, error_of: ErrorOf) -> None:
-    wanted = {"type": format_type} | ({"json_schema": {"name": "x", "schema": {}}} if "schema" in format_type else {})
-    reply = _post(http, PATHS[1], response_format=wanted)
-    code = "unsupported_parameter" if "schema" in format_type else "invalid_request"
-    assert "response_format" in error_of(reply, 400, code)["message"]
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "needs a schema"),
+        ({"structured_outputs": {}}, "exactly one"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "exactly one"),
+        ({"structured_outputs": {"choice": []}}, "at least 1"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "exclude"),
+    ],
+)
+def test_a_format_that_says_too_little_or_too_much_is_refused(
+    path: str, fields: dict[str, Any], words: str, http: httpx.Client, error_of: ErrorOf
+) -> None:
+    assert words in error_of(_post(http, path, **fields), 400, "invalid_request")["message"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"json": {"type": "strin"}}, "Invalid type"),
+        ({"json": "{"}, "EOF"),
+        ({"json": {"$ref": "http://127.0.0.1/x"}}, "does not fetch"),
+        ({"json": {"contains": {}}}, "contains"),
+        ({"regex": "(a"}, "unclosed group"),
+        ({"grammar": "start: nothing"}, "unknown name"),
+        ({"grammar": "root ::= ("}, "cannot be used"),
+        ({"regex": "x" * 70_000}, "65536"),
+    ],
+)
+def test_a_grammar_that_does_not_compile_is_told_why(
+    path: str, fields: dict[str, Any], words: str, http: httpx.Client, error_of: ErrorOf
+) -> None:
+    assert words in error_of(_post(http, path, structured_outputs=fields), 400, "invalid_grammar")["message"]
+
+
+def test_text_is_a_format(http: httpx.Client) -> None:
     assert _post(http, PATHS[1], response_format={"type": "text"}).status_code == 200
 
 

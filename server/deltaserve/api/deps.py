@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from deltaserve.deltas.intake import Intake
 from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.store import DeltaStore
+from deltaserve.engine.grammars import Grammars
 from deltaserve.engine.loop import Engine
 from deltaserve.engine.text import TextSide
 from deltaserve.errors import Draining
@@ -30,6 +31,7 @@ class Services:
     runtime: dict[str, str]  # what runs: versions, device, dtype, kernels
     engine: Engine
     text: TextSide
+    grammars: Grammars
     store: DeltaStore
     intake: Intake
     residency: Residency

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 
+from deltaserve.api.constraints import read_grammar
 from deltaserve.api.deps import Services
 from deltaserve.api.mixing import read_mixture
 from deltaserve.api.schemas import Generation as Wire
@@ -140,6 +141,8 @@ class Generation:
             if not profile.shares_vocabulary(self.profile):
                 raise BadRequest(f"{self._body.model!r} and {name!r} have different vocabularies", param="mixture")
         self.prompts = prompts(self.profile)
+        grammar = read_grammar(self._body)
+        compiled = grammar and self._services.grammars.compile(grammar, self.profile.tokenizer)
         now = time.monotonic()
         requests: list[Request] = []
         for ids in self.prompts:
@@ -153,6 +156,7 @@ class Generation:
                         digest=self._digests[0],
                         others=tuple(Row(digest=digest) for digest in self._digests[1:]),
                         mixture=mixture,
+                        guide=compiled.guide() if compiled else None,
                         prompt_ids=ids,
                         params=_for_choice(sampling, choice),
                         eos_ids=eos_ids,

@@ -146,6 +146,8 @@ class Engine:
         for chunk, result in zip(chunks, results, strict=True):
             try:
                 self._apply(chunk, result, now)
+            except DeltaServeError as error:
+                self._end(chunk.request, FinishReason.ERROR, error=error)
             except Exception:
                 logger.exception("request %s could not be continued", chunk.request.id)
                 failure = EngineFailure("this request's tokens could not be turned into text")
@@ -154,9 +156,12 @@ class Engine:
 
     def _apply(self, chunk: Chunk, result: ChunkResult, now: float) -> None:
         request, sampled = chunk.request, result.sampled
+        if result.error is not None:
+            raise result.error
         request.num_computed += chunk.num_tokens
         request.prompt_reports += result.prompt_logprobs
         if sampled is None:
+            request.num_computed -= chunk.samples  # its grammar was not ready: the last token runs again
             return
         prompt: tuple[TokenLogprob, ...] = ()
         if request.params.prompt_logprobs and not request.num_generated:
@@ -190,6 +195,8 @@ class Engine:
         text, matched = request.sink.push(token, enough)
         if matched is not None:
             return FinishReason.STOP, matched, text
+        if request.guide is not None and request.guide.advance(token):
+            return FinishReason.STOP, None, text + request.sink.finish()
         if request.num_generated >= p.max_tokens:
             return FinishReason.LENGTH, None, text + request.sink.finish()
         return None, None, text

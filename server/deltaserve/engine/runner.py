@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,18 +13,22 @@ from deltaserve.deltas.resident import ResidentDelta
 from deltaserve.engine.mixtures import combine
 from deltaserve.engine.sampling import Generators, Sampled, sample, token_logprobs
 from deltaserve.engine.scheduler import Chunk
-from deltaserve.engine.types import Request, TokenLogprob
+from deltaserve.engine.types import Guide, Request, TokenLogprob
+from deltaserve.errors import DeltaServeError, GrammarError
 from deltaserve.model.attention import Span
 from deltaserve.model.served import ServedModel
 from deltaserve.model.step import Step
 from deltaserve_kernels.segments import Segments
 
+GUIDE_WAIT_S = 0.02  # a row whose mask is later than this runs again in the next step
+
 
 @dataclass(frozen=True)
 class ChunkResult:
     request: Request
-    sampled: Sampled | None  # None: the prompt is not read to its end yet
+    sampled: Sampled | None  # None: the prompt is not read to its end yet, or the grammar is not ready
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    error: DeltaServeError | None = None
     row_logprobs: tuple[float, ...] = ()  # of the sampled token under each model of a mixture, where it needs them
 
 
@@ -76,18 +81,28 @@ class Runner:
     def _results(self, chunks: Sequence[Chunk], logits: Sequence[Sequence[Tensor]]) -> list[ChunkResult]:
         """`logits[i][j]` float32 [wanted rows, V]: of chunk i by its request's j-th model."""
         combined = [mixed(chunk.request, own) for chunk, own in zip(chunks, logits, strict=True)]
-        sampling = [(own[-1], chunk.request) for chunk, own in zip(chunks, combined, strict=True) if chunk.samples]
-        sampled = iter(
-            sample(torch.stack([row for row, _ in sampling]), [request for _, request in sampling], self.generators)
-            if sampling
-            else []
+        errors: dict[Request, DeltaServeError] = {}
+        rows: dict[Request, Tensor] = {}
+        deadline_s = time.monotonic() + GUIDE_WAIT_S
+        for chunk, own in zip(chunks, combined, strict=True):
+            try:
+                if chunk.samples and _is_ready(chunk.request.guide, deadline_s):
+                    rows[chunk.request] = own[-1]
+            except GrammarError as error:
+                errors[chunk.request] = error
+        sampled = dict(
+            zip(rows, sample(torch.stack([*rows.values()]), [*rows], self.generators), strict=True) if rows else ()
         )
-        results = []
-        for chunk, own, by_model in zip(chunks, combined, logits, strict=True):
-            token = next(sampled) if chunk.samples else None
-            prompt = self._prompt_logprobs(chunk, own)
-            results.append(ChunkResult(chunk.request, token, prompt, _row_logprobs(chunk.request, token, by_model)))
-        return results
+        return [
+            ChunkResult(
+                chunk.request,
+                sampled.get(chunk.request),
+                self._prompt_logprobs(chunk, own),
+                errors.get(chunk.request),
+                _row_logprobs(chunk.request, sampled.get(chunk.request), by_model),
+            )
+            for chunk, own, by_model in zip(chunks, combined, logits, strict=True)
+        ]
 
     def _prompt_logprobs(self, chunk: Chunk, logits: Tensor) -> tuple[TokenLogprob, ...]:
         """Row r of the chunk tells of token start + r + 1; only tokens of the prompt are reported, each once."""
@@ -99,6 +114,16 @@ class Runner:
         count = request.params.logprobs or 0
         reports = token_logprobs(logits[: len(told)], [request.prompt_ids[i] for i in told], [count] * len(told))
         return tuple(report for report in reports if report is not None)
+
+
+def _is_ready(guide: Guide | None, deadline_s: float) -> bool:
+    """Raises GrammarError."""
+    if guide is None:
+        return True
+    if not guide.is_ready(deadline_s):
+        return False
+    guide.allowed()
+    return True
 
 
 def mixed(request: Request, logits: Sequence[Tensor]) -> Tensor:

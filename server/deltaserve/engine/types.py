@@ -77,6 +77,22 @@ class TextSink(Protocol):
         ...
 
 
+class Guide(Protocol):
+    """What may follow in one sequence (engine.grammars)."""
+
+    def is_ready(self, deadline_s: float) -> bool:
+        """Is the next mask there by `deadline_s` of the monotonic clock? Raises GrammarError if it takes too long."""
+        ...
+
+    def allowed(self) -> tuple[bytes, bool]:
+        """(one bit a token id, lowest first; may the sequence end here). Raises GrammarError."""
+        ...
+
+    def advance(self, token_id: int) -> bool:
+        """Takes the next token; True if nothing may follow it. Raises GrammarError."""
+        ...
+
+
 @dataclass(frozen=True)
 class Mixture:
     """How the next-token distributions of a request's rows become one (engine.mixtures)."""
@@ -114,6 +130,7 @@ class Request(Row):
     arrival_s: float = 0.0
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
+    guide: Guide | None = None
     mixture: Mixture | None = None
     others: tuple[Row, ...] = ()
     first_scheduled_s: float | None = None
