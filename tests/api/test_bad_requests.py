@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     ErrorOf = Callable[..., dict[str, Any]]
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
+BAD = {"name": "f", "arguments": "{"}
+CALL: dict[str, Any] = {"id": "1", "type": "function"}
 PATHS = ["/v1/completions", "/v1/chat/completions"]
-TOOL = {"type": "function", "function": {"name": "f"}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 
 
 def _post(http: httpx.Client, path: str, **fields: Any) -> httpx.Response:
@@ -27,8 +29,6 @@ def _post(http: httpx.Client, path: str, **fields: Any) -> httpx.Response:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [TOOL]),
-        ("tool_choice", "auto"),
         ("functions", []),
         ("best_of", 2),
         ("suffix", "x"),
@@ -85,6 +85,41 @@ def test_a_grammar_that_does_not_compile_is_told_why(
     path: str, fields: dict[str, Any], words: str, http: httpx.Client, error_of: ErrorOf
 ) -> None:
     assert words in error_of(_post(http, path, structured_outputs=fields), 400, "invalid_grammar")["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tools": []}, "at least 1"),
+        ({"tools": [TOOL, TOOL]}, "same name"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "pattern"),
+        ({"tools": [{"type": "web_search"}]}, "function"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "none of the tools"),
+        ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [TOOL], "structured_outputs": {"regex": "a"}}, "exclude"),
+        ({"tools": [TOOL]}, "takes no tools"),
+        ({"tool_choice": "required"}, "need tools"),
+        ({"parallel_tool_calls": False}, "need tools"),
+        ({"messages": [{"role": "assistant"}]}, "content is missing"),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL | {"function": BAD}]}]}, "no JSON"),
+    ],
+)
+def test_tools_that_cannot_be_used_are_refused(
+    fields: dict[str, Any], words: str, http: httpx.Client, error_of: ErrorOf
+) -> None:
+    assert words in error_of(_post(http, PATHS[1], **fields), 400, "invalid_request")["message"]
+
+
+def test_tools_belong_to_chats(http: httpx.Client, error_of: ErrorOf) -> None:
+    assert error_of(_post(http, PATHS[0], tools=[TOOL]), 400, "unsupported_parameter")["param"] == "tools"
+
+
+def test_tools_that_may_not_be_called_change_nothing(http: httpx.Client) -> None:
+    plain, unused = (
+        _post(http, PATHS[1], temperature=0, **fields).json()
+        for fields in ({}, {"tools": [TOOL], "tool_choice": "none"})
+    )
+    assert plain["choices"] == unused["choices"]
 
 
 def test_text_is_a_format(http: httpx.Client) -> None:

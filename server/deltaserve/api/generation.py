@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 
-from deltaserve.api.constraints import read_grammar
 from deltaserve.api.deps import Services
 from deltaserve.api.mixing import read_mixture
 from deltaserve.api.schemas import Generation as Wire
+from deltaserve.engine.grammars import Grammar
 from deltaserve.engine.text import Profile, Sink
 from deltaserve.engine.types import Event, Request, Row, SamplingParams
 from deltaserve.errors import BadRequest, ContextLengthExceeded
@@ -53,11 +53,16 @@ class Generation:
         self.profile: Profile = services.text.base_profile
         self._first: tuple[int, Event] | None = None
 
-    async def start(self, prompts: Prompts, params: Callable[[Profile, int], SamplingParams]) -> None:
+    async def start(
+        self,
+        prompts: Prompts,
+        params: Callable[[Profile, int], SamplingParams],
+        grammar: Callable[[Profile], Grammar | None],
+    ) -> None:
         """Resolves the model, reads the prompts, submits, and waits for the first event, so that what goes wrong
         before it is still an HTTP status. Raises DeltaServeError."""
         self._services.refuse_if_draining()
-        preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare, prompts, params))
+        preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare, prompts, params, grammar))
         try:
             requests = await asyncio.shield(preparing)
         except asyncio.CancelledError:
@@ -129,7 +134,12 @@ class Generation:
             raise event.error
         return index, event
 
-    def _prepare(self, prompts: Prompts, params: Callable[[Profile, int], SamplingParams]) -> list[Request]:
+    def _prepare(
+        self,
+        prompts: Prompts,
+        params: Callable[[Profile, int], SamplingParams],
+        grammar: Callable[[Profile], Grammar | None],
+    ) -> list[Request]:
         """Off the event loop: disk, templates, tokenizers."""
         names, mixture = read_mixture(self._body)
         self.profile = self._services.text.profile(self._lease(self._body.model))
@@ -141,8 +151,8 @@ class Generation:
             if not profile.shares_vocabulary(self.profile):
                 raise BadRequest(f"{self._body.model!r} and {name!r} have different vocabularies", param="mixture")
         self.prompts = prompts(self.profile)
-        grammar = read_grammar(self._body)
-        compiled = grammar and self._services.grammars.compile(grammar, self.profile.tokenizer)
+        wanted = grammar(self.profile)
+        compiled = wanted and self._services.grammars.compile(wanted, self.profile.tokenizer)
         now = time.monotonic()
         requests: list[Request] = []
         for ids in self.prompts:

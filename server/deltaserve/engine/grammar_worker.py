@@ -3,7 +3,7 @@
 A hostile grammar can overflow the compiler's stack, or keep it busy for minutes; here it ends this process alone. Its
 limits are lower than the server's, so what passes here passes there.
 
-    stdin    {"kind": "json" | "regex" | "grammar", "text": str}
+    stdin    {"kind": "json" | "regex" | "grammar" | "lark", "text": str}
     stdout   {"grammar": str}, as the matcher reads it, or {"error": str}
 """
 
@@ -45,7 +45,7 @@ def read(kind: str, text: str) -> str:
         return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITESPACE})
     if kind == "regex":
         return LLMatcher.grammar_from_regex(text)
-    return LLMatcher.grammar_from_lark(any_to_lark(text))
+    return LLMatcher.grammar_from_lark(text if kind == "lark" else any_to_lark(text))
 
 
 def check(grammar: str) -> None:

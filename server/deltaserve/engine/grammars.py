@@ -43,7 +43,7 @@ MASK_TIMEOUT_S = 3.0
 class Grammar:
     """What a client asked for: a JSON schema, a regular expression (Rust's syntax), or a grammar in Lark or GBNF."""
 
-    kind: Literal["json", "regex", "grammar"]
+    kind: Literal["json", "regex", "grammar", "lark"]  # grammar: either, by its looks
     text: str
 
 

@@ -78,13 +78,19 @@ class TextSide:
                 self._profiles.popitem(last=False)
         return made
 
-    def chat_prompt(self, profile: Profile, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def chat_prompt(
+        self,
+        profile: Profile,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation and the opening of the answer. Raises TemplateError, BadRequest."""
         if profile.chat_template is None:
             raise BadRequest("this model has no chat template; send its prompt to /v1/completions", param="messages")
         variables = {
             **profile.tokenizer.special_tokens_map,
             "messages": list(messages),
+            "tools": None if tools is None else list(tools),
             "add_generation_prompt": True,
         }
         text = self._renderer.render(profile.chat_template, variables)
