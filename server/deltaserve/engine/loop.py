@@ -131,19 +131,11 @@ class Engine:
         if not chunks:
             return bool(failed)
         began = time.monotonic()
-        try:
-            results = self._runner.run(chunks)
-        except Exception as error:
-            logger.exception("a step of %d requests failed", len(chunks))
-            for chunk in chunks:
-                failure = EngineFailure(f"the forward pass of this request's batch failed: {type(error).__name__}")
-                self._end(chunk.request, FinishReason.ERROR, error=failure)
-            if isinstance(error, torch.AcceleratorError):
-                raise  # the device's context is lost: /health turns 503, and a supervisor starts the server anew
-            return True
+        results = self._compute(chunks)
         now = time.monotonic()
-        self._observe(chunks, began, now)
-        for chunk, result in zip(chunks, results, strict=True):
+        done = [chunk for chunk, _ in results]
+        self._observe(done, began, now)
+        for chunk, result in results:
             try:
                 self._apply(chunk, result, now)
             except DeltaServeError as error:
@@ -153,6 +145,22 @@ class Engine:
                 failure = EngineFailure("this request's tokens could not be turned into text")
                 self._end(chunk.request, FinishReason.ERROR, error=failure)
         return True
+
+    def _compute(self, chunks: Sequence[Chunk]) -> list[tuple[Chunk, ChunkResult]]:
+        """The chunks that could be computed. Where all together fail, each is tried alone: whoever is at fault ends."""
+        try:
+            return list(zip(chunks, self._runner.run(chunks), strict=True))
+        except Exception as error:
+            logger.exception("a step of %d requests failed", len(chunks))
+            is_lost = isinstance(error, torch.AcceleratorError)
+            if len(chunks) == 1 or is_lost:
+                for chunk in chunks:
+                    failure = EngineFailure(f"the forward pass of this request failed: {type(error).__name__}")
+                    self._end(chunk.request, FinishReason.ERROR, error=failure)
+                if is_lost:
+                    raise  # the device's context is gone: /health turns 503, and a supervisor starts the server anew
+                return []
+        return [pair for chunk in chunks for pair in self._compute([chunk])]
 
     def _apply(self, chunk: Chunk, result: ChunkResult, now: float) -> None:
         request, sampled = chunk.request, result.sampled
