@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported, whoever does so
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +33,6 @@ def _support(name: str) -> ModuleType:
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """tests/support/tiny.py: `make_base`, `make_finetune`."""
-    import torch
-
     torch.set_num_threads(1)
     return _support("tiny")
 
@@ -96,8 +99,6 @@ class Tenant:
 
     def logits(self, ids: Sequence[int]) -> Any:
         """float32 [len(ids), V]"""
-        import torch
-
         with torch.no_grad():
             return self.model(torch.tensor([list(ids)])).logits[0].float()
 
@@ -192,6 +193,29 @@ def server(
         yield running
         assert running.stop() == 0, running.printed
         assert "Traceback" not in running.printed, running.printed
+    finally:
+        running.close()
+
+
+@pytest.fixture(scope="session")
+def town(
+    process: ModuleType, tiny_base: Path, tenants: dict[str, Tenant], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """A server with keys and two tenants: acme with `sign` as `mine`, globex with `sparse` as `mine` and `secret`."""
+    running = process.ServerProcess(tiny_base, tmp_path_factory.mktemp("town") / "store", api_key="first-key")
+    try:
+        made = _support("town").Town(running.wait_ready())
+        for tenant, name, artifact in (
+            ("acme", "mine", "sign"),
+            ("globex", "mine", "sparse"),
+            ("globex", "secret", "lowrank"),
+        ):
+            made.upload(tenant, name, tenants[artifact].artifact)
+        yield made
+        made.close()
+        assert running.stop() == 0, running.printed
+        assert "Traceback" not in running.printed, running.printed
+        assert not any(key in running.printed for key in made.keys), "no key is ever logged"
     finally:
         running.close()
 

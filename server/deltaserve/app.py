@@ -16,9 +16,9 @@ import transformers
 from fastapi import FastAPI
 
 from deltaserve import __version__
-from deltaserve.api import chat, completions, deltas, errors, health, models
-from deltaserve.api.deps import Services
-from deltaserve.api.middleware import Authorise, Identify
+from deltaserve.api import admin, chat, completions, deltas, errors, health, models, usage
+from deltaserve.api.deps import Services, needs
+from deltaserve.api.middleware import Authenticate, Identify
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.intake import Intake
@@ -39,6 +39,11 @@ from deltaserve.metrics import MAX_DELTA_SERIES, Metrics
 from deltaserve.model.load import load_model
 from deltaserve.model.served import ServedModel
 from deltaserve.settings import Settings
+from deltaserve.tenants.accounts import Accounts, Scope
+from deltaserve.tenants.keys import Keys
+from deltaserve.tenants.limits import Gate
+from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.usage import Usage
 
 logger = logging.getLogger(__name__)
 MAX_THREADS = 512  # most of them asleep, waiting for disks, templates and tokenizers
@@ -51,6 +56,16 @@ def build_services(settings: Settings) -> Services:
     """Loads the base and puts every part in place; the engine runs. Raises CheckpointError, BadRequest."""
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
+    registry = Registry(settings.store)
+    accounts = Accounts(registry)
+    keys = Keys(registry, accounts, settings.api_key)
+    if keys.is_open and not settings.is_loopback:
+        raise BadRequest(
+            f"--host {settings.host} can be reached from other machines, and there is no key: give --api-key KEY "
+            "(DELTASERVE_API_KEY), or listen on 127.0.0.1"
+        )
+    if keys.is_open:
+        logger.warning("there is no key: all of this machine are admins; listening on %s alone", settings.host)
     device = _device(settings.device)
     base = Checkpoint.open(settings.base)
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -71,11 +86,13 @@ def build_services(settings: Settings) -> Services:
         lambda digest: store.path(digest),
         device,
         Limits(settings.max_deltas, settings.max_cpu_deltas, settings.max_delta_bytes, settings.max_cpu_delta_bytes),
-        serve=model.serve,
+        load=model.load_delta,
         on_ready=lambda: parts["engine"].wake(),
         on_loaded=metrics.delta_load_seconds.observe,
     )
-    store = DeltaStore(settings.store, on_removed=lambda digest: residency.discard([digest]))
+    store = DeltaStore(
+        registry, keep_versions=settings.keep_versions, on_removed=lambda digest: residency.discard([digest])
+    )
     text = TextSide(
         base,
         model.vocab_size,
@@ -122,12 +139,18 @@ def build_services(settings: Settings) -> Services:
         engine=engine,
         text=text,
         grammars=grammars,
+        registry=registry,
+        accounts=accounts,
+        keys=keys,
+        gate=Gate(),
+        usage=Usage(registry),
         store=store,
         intake=intake,
         residency=residency,
         metrics=metrics,
         upload_pool=ThreadPoolExecutor(MAX_UPLOADS, thread_name_prefix="upload"),
     )
+    services.keep_pinned()
     metrics.read_gauges_from(lambda: _gauges(services, blocks))
     logger.info(
         "base %s (%s…) on %s as %s; context %d tokens, KV cache %d tokens; decoder %s, kernels %s",
@@ -146,21 +169,34 @@ def create_app(services: Services) -> FastAPI:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MAX_THREADS))
         yield
         services.engine.stop()
+        await asyncio.sleep(0)  # the last events are heard, and billed
         services.upload_pool.shutdown()
         services.residency.close()
         services.text.close()
         services.grammars.close()
-        services.store.close()
+        services.usage.close()
+        services.registry.close()
 
-    described = "/openapi.json" if services.settings.api_key is None else None  # with a key /health alone is open
-    app = FastAPI(title="deltaserve", version=__version__, lifespan=lifespan, openapi_url=described)
+    app = FastAPI(title="deltaserve", version=__version__, lifespan=lifespan)
     app.state.services = services
     app.include_router(health.open_router)
-    for router in (completions.router, chat.router, models.router, deltas.router, health.router):
-        app.include_router(router)
+    asking, either = needs(Scope.INFERENCE), needs(Scope.INFERENCE, Scope.MANAGE)
+    for router, dependencies in (
+        (completions.router, asking),
+        (chat.router, asking),
+        (models.router, either),
+        (deltas.router, either),
+        (models.changing, needs(Scope.MANAGE)),
+        (deltas.changing, needs(Scope.MANAGE)),
+        (health.metrics_router, needs(Scope.METRICS)),
+        (health.router, needs(*Scope)),
+        (usage.router, either),
+        (admin.router, needs()),
+    ):
+        app.include_router(router, dependencies=dependencies)
     errors.install(app)
 
-    app.add_middleware(Authorise, api_key=services.settings.api_key)
+    app.add_middleware(Authenticate, keys=services.keys)
     app.add_middleware(Identify, metrics=services.metrics)
     return app
 
@@ -238,9 +274,10 @@ def _gauges(services: Services, blocks: BlockPool) -> Iterable[Gauge]:
         yield "deltaserve:deltas", "deltas by tier", {"tier": tier}, count
     for tier, size in services.residency.tier_bytes().items():
         yield "deltaserve:delta_tier_bytes", "bytes of deltas by tier", {"tier": tier}, size
-    for record in services.store.records()[:MAX_DELTA_SERIES]:
-        state = services.residency.state(record.digest)
-        labels = {"delta": record.name, "version": str(record.version), "state": state}
-        yield "deltaserve:delta_disk_bytes", "bytes of one delta's file", labels, record.summary["disk_bytes"]
-        resident = services.residency.resident_bytes(record.digest) or 0
+    for model in services.store.models.every(MAX_DELTA_SERIES):
+        version = model.active
+        state = services.residency.state(version.digest)
+        labels = {"tenant": model.owner, "delta": model.name, "version": str(version.number), "state": state}
+        yield "deltaserve:delta_disk_bytes", "bytes of one delta's file", labels, version.summary["disk_bytes"]
+        resident = services.residency.resident_bytes(version.digest) or 0
         yield "deltaserve:delta_resident_bytes", "bytes of one delta in memory, 0 on disk", labels, resident

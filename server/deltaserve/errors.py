@@ -10,10 +10,15 @@
     │   ├── GrammarError                    invalid_grammar            400
     │   └── DigestMismatch                  digest_mismatch            400
     ├── AuthenticationFailed                invalid_api_key            401
+    ├── PermissionDenied                    insufficient_permissions   403
+    │   └── QuotaExceeded                   quota_exceeded             403
     ├── NotFound                            not_found                  404
     │   └── ModelNotFound                   model_not_found            404
     ├── NameConflict                        name_conflict              409
+    ├── VersionInUse                        version_in_use             409
     ├── StoreInUse                          store_in_use               409
+    ├── IncompatibleStore                   incompatible_store         409
+    ├── PreconditionFailed                  precondition_failed        412
     ├── ArtifactTooLarge                    artifact_too_large         413
     ├── ArtifactError                       invalid_artifact           422
     │   ├── ArtifactCorrupt                 artifact_corrupt           422
@@ -22,6 +27,7 @@
     │   └── BaseMismatch                    base_mismatch              422
     ├── CheckpointError                     invalid_checkpoint         422   (command line: files that cannot be used)
     ├── CodecError                          invalid_codec_config       422
+    ├── RateLimited                         rate_limit_exceeded        429   + Retry-After
     ├── QueueFull                           queue_full                 429   + Retry-After
     ├── EngineFailure                       engine_failure             500
     │   ├── DeltaLoadFailed                 delta_load_failed          500
@@ -43,7 +49,7 @@ class DeltaServeError(Exception):
 
     code: ClassVar[str] = "internal_error"
     http_status: ClassVar[int] = 500
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: int | None = None
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -87,6 +93,14 @@ class AuthenticationFailed(DeltaServeError):
     code, http_status = "invalid_api_key", 401
 
 
+class PermissionDenied(DeltaServeError):
+    code, http_status = "insufficient_permissions", 403
+
+
+class QuotaExceeded(PermissionDenied):
+    code = "quota_exceeded"
+
+
 class NotFound(DeltaServeError):
     code, http_status = "not_found", 404
 
@@ -99,8 +113,20 @@ class NameConflict(DeltaServeError):
     code, http_status = "name_conflict", 409
 
 
+class VersionInUse(DeltaServeError):
+    code, http_status = "version_in_use", 409
+
+
 class StoreInUse(DeltaServeError):
     code, http_status = "store_in_use", 409
+
+
+class IncompatibleStore(DeltaServeError):
+    code, http_status = "incompatible_store", 409
+
+
+class PreconditionFailed(DeltaServeError):
+    code, http_status = "precondition_failed", 412
 
 
 class ArtifactTooLarge(DeltaServeError):
@@ -133,6 +159,14 @@ class CheckpointError(DeltaServeError):
 
 class CodecError(DeltaServeError):
     code, http_status = "invalid_codec_config", 422
+
+
+class RateLimited(DeltaServeError):
+    code, http_status, retry_after_s = "rate_limit_exceeded", 429, 1
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class QueueFull(DeltaServeError):

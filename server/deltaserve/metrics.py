@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -57,9 +58,29 @@ class Metrics:
             registry=self.registry,
             buckets=SECONDS,
         )
+        self._used: set[tuple[str, str]] = set()
+        self._used_lock = threading.Lock()
+        self._tenant_counters = [
+            Counter(f"deltaserve:tenant_{what}", text, ["tenant", "model"], registry=self.registry)
+            for what, text in (
+                ("requests", "requests that ended"),
+                ("prompt_tokens", "prompt tokens, as billed"),
+                ("generation_tokens", "tokens generated, as billed"),
+            )
+        ]
         self.http_requests = Counter(
             "http_requests", "HTTP requests", ["handler", "method", "status"], registry=self.registry
         )
+
+    def used(self, tenant: str, model: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """One request that has ended. MAX_DELTA_SERIES pairs have series of their own, the rest one together."""
+        pair = (tenant, model)
+        with self._used_lock:
+            if pair not in self._used and len(self._used) >= MAX_DELTA_SERIES:
+                pair = ("other", "other")
+            self._used.add(pair)
+        for counter, amount in zip(self._tenant_counters, (1, prompt_tokens, completion_tokens), strict=True):
+            counter.labels(*pair).inc(amount)
 
     def finished(self, reason: str) -> None:
         self.requests.labels(self._model_name, reason).inc()

@@ -6,6 +6,7 @@ error: a typo must not be ignored.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -36,12 +37,15 @@ class Settings(BaseSettings):
     store: Path = Field(Path("deltaserve-store"), description="directory of uploaded deltas")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="type of weights and KV")
-    kernels: Literal["auto", "torch", "amx", "avx512", "avx2"] = Field(
-        "auto", description="what serves on a CPU in bfloat16: native kernels where they were built, or torch"
+    kernels: Literal["auto", "torch", "triton", "amx", "avx512", "avx2"] = Field(
+        "auto", description="what applies deltas: triton on a GPU, on a CPU in bfloat16 what was built for it, or torch"
     )
     served_model_name: str | None = Field(None, description="id of the base in requests (default: its file name)")
     api_key: str | None = Field(
-        None, min_length=1, description="bearer key that every route but /health then asks for", repr=False
+        None,
+        min_length=1,
+        description="the first admin key; without any key the server listens on loopback only",
+        repr=False,
     )
     max_num_seqs: int = Field(32, ge=1, le=4096, description="requests that run at once")
     max_num_batched_tokens: int = Field(1024, ge=16, le=2**20, description="tokens of one step, prompts included")
@@ -54,6 +58,7 @@ class Settings(BaseSettings):
     max_delta_bytes: int | None = Field(None, ge=1, description="bytes of deltas on the device (default: no bound)")
     max_cpu_delta_bytes: int | None = Field(None, ge=1, description="bytes of deltas in host memory")
     max_upload_bytes: int = Field(16 * 2**30, ge=1, description="largest artifact that is accepted")
+    keep_versions: int = Field(3, ge=1, le=1000, description="versions of a model that stay, to roll back to")
     shutdown_timeout_s: int = Field(30, ge=0, description="seconds that running requests get after SIGTERM")
     keep_alive_timeout_s: int = Field(
         75, ge=1, description="seconds an idle connection stays open; longer than those of balancers and clients (60)"
@@ -63,6 +68,14 @@ class Settings(BaseSettings):
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the model (default: torch's)")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Does `host` keep other machines out? A name other than localhost may mean anything."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
     @classmethod
     def build(cls, **given: Any) -> Settings:

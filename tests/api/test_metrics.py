@@ -55,3 +55,17 @@ def test_a_resident_delta_has_its_sizes(server: Any) -> None:
 @pytest.mark.parametrize("route", ["/openapi.json", "/version"])
 def test_the_server_describes_itself(route: str, server: Any) -> None:
     assert server.http.get(route).raise_for_status().json()
+
+
+def test_the_series_of_tenants_are_bounded() -> None:
+    from deltaserve.metrics import MAX_DELTA_SERIES, Metrics
+
+    metrics = Metrics("tiny")
+    for number in range(MAX_DELTA_SERIES + 50):
+        for _ in range(2):
+            metrics.used(f"tenant-{number}", "m", 3, 4)
+    lines = [
+        line for line in metrics.render().decode().splitlines() if line.startswith("deltaserve:tenant_requests_total")
+    ]
+    assert len(lines) == MAX_DELTA_SERIES + 1
+    assert 'deltaserve:tenant_requests_total{model="other",tenant="other"} 100.0' in lines

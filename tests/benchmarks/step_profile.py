@@ -51,7 +51,7 @@ def profile_decode(base: Checkpoint, tenants: Sequence[str | None]) -> dict[str,
     """Medians in ms over STEPS decode steps of len(tenants) sequences at a context of about 64 tokens."""
     model = load_model(base, device=torch.device("cpu"), dtype=torch.bfloat16, kv_slots=4096, block_size=BLOCK)
     names = sorted({name for name in tenants if name})
-    slots: list[ResidentDelta | None] = [ResidentDelta.load(common.artifact(name), model.serve) for name in names]
+    slots: list[ResidentDelta | None] = [model.load_delta(common.artifact(name)) for name in names]
     runner = Runner(model, slots, BLOCK)
     scheduler = Scheduler(BlockPool(4096 // BLOCK, BLOCK), _Slots(names), max_num_seqs=64, max_num_batched_tokens=4096)
     for index, name in enumerate(tenants):

@@ -16,9 +16,10 @@ from deltaserve_client import errors
     [
         (400, errors.BadRequest),
         (401, errors.Unauthorized),
-        (403, errors.ApiError),
+        (403, errors.Forbidden),
         (404, errors.NotFound),
         (409, errors.Conflict),
+        (412, errors.PreconditionFailed),
         (413, errors.TooLarge),
         (422, errors.Unprocessable),
         (429, errors.RateLimited),

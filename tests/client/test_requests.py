@@ -140,3 +140,13 @@ def test_what_cannot_be_sent_is_refused_before_sending(wire, method, args, optio
 def test_a_reply_off_the_contract_is_named_so(wire, method, args, content):
     with pytest.raises(UnexpectedReply):
         wire.ask(httpx.Response(200, content=content), method, *args)
+
+
+def test_any_route_can_be_asked(wire):
+    data = {"object": "list", "data": []}
+    assert (
+        wire.ask(httpx.Response(200, json=data), "request", "GET", "/v1/admin/keys", params={"tenant": "a b"}) == data
+    )
+    assert str(wire.requests[0].url) == "http://127.0.0.1:8000/v1/admin/keys?tenant=a+b"
+    wire.ask(httpx.Response(201, json={}), "request", "POST", "/v1/admin/tenants", {"name": "a"})
+    assert json.loads(wire.requests[1].content) == {"name": "a"}

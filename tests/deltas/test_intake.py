@@ -9,7 +9,7 @@ import pytest
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.intake import Intake
-from deltaserve.deltas.store import DeltaStore
+from deltaserve.deltas.store import DeltaStore, Destination
 from deltaserve.errors import (
     ArtifactCorrupt,
     ArtifactError,
@@ -22,6 +22,8 @@ from deltaserve.errors import (
     InvalidName,
     TemplateError,
 )
+from deltaserve.tenants.accounts import Accounts, Caller
+from deltaserve.tenants.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,14 +54,16 @@ def good(good_file: Path) -> bytes:
 class Door:
     def __init__(self, root: Path, base: Path, *checks: Callable[[Artifact], None], max_bytes: int = 1 << 24) -> None:
         self.root = root
-        self.store = DeltaStore(root)
+        self.registry = Registry(root)
+        self.store = DeltaStore(self.registry)
+        self.me = Caller(Accounts(self.registry).default, "-", frozenset())
         self.intake = Intake(self.store, Checkpoint.open(base), list(checks), max_bytes)
 
     def send(self, data: bytes, name: str = "a", sha256: str | None = None) -> Any:
-        upload = self.intake.begin()
+        upload = self.intake.begin(self.intake.max_bytes)
         try:
             upload.write(data)
-            return self.intake.accept(name, upload, sha256)
+            return self.intake.accept(Destination(self.me.tenant, name, "test"), upload, sha256)
         finally:
             upload.close()
 
@@ -73,13 +77,14 @@ class Door:
 def door(tmp_path: Path, tiny_base: Path) -> Iterator[Door]:
     made = Door(tmp_path, tiny_base)
     yield made
-    made.store.close()
+    made.registry.close()
 
 
 def test_a_good_upload_is_a_version_with_its_sizes(door: Door, good: bytes) -> None:
-    record, new = door.send(good)
+    stored = door.send(good)
+    record = stored.version
     artifact = Artifact.open(door.store.path(record.digest))
-    assert (record.version, new) == (1, True)
+    assert (record.number, stored.is_new_name) == (1, True)
     assert record.summary == {
         "codec": "bitdelta",
         "disk_bytes": len(good),
@@ -128,14 +133,14 @@ def test_a_bad_upload_is_refused_by_its_fault_and_leaves_nothing(
 ) -> None:
     with pytest.raises(error):
         door.send(damaged(good_file, how, files))
-    assert (door.files(), door.store.records()) == ([], [])
+    assert (door.files(), door.store.models.visible(door.me)) == ([], [])
 
 
 def test_a_refused_upload_leaves_the_version_that_was_there(door: Door, good: bytes) -> None:
-    record, _ = door.send(good)
+    record = door.send(good).version
     with pytest.raises(ArtifactCorrupt):
         door.send(good[:-1])
-    assert door.store.get("a") == record
+    assert door.store.models.find(door.me, "a")[0].active == record
     assert len(door.files()) == 1
 
 
@@ -144,7 +149,7 @@ def test_a_delta_of_another_base_is_refused(tmp_path: Path, untied_base: Path, g
     with pytest.raises(BaseMismatch):
         door.send(good)
     assert door.files() == []
-    door.store.close()
+    door.registry.close()
 
 
 def test_a_bad_name_or_digest_leaves_nothing(door: Door, good: bytes) -> None:
@@ -160,7 +165,7 @@ def test_what_is_larger_than_allowed_leaves_nothing(tmp_path: Path, tiny_base: P
     with pytest.raises(ArtifactTooLarge):
         door.send(good)
     assert door.files() == []
-    door.store.close()
+    door.registry.close()
 
 
 def test_what_the_serving_side_refuses_leaves_nothing(tmp_path: Path, tiny_base: Path, good: bytes) -> None:
@@ -170,5 +175,5 @@ def test_what_the_serving_side_refuses_leaves_nothing(tmp_path: Path, tiny_base:
     door = Door(tmp_path, tiny_base, refuse)
     with pytest.raises(TemplateError):
         door.send(good)
-    assert (door.files(), door.store.records()) == ([], [])
-    door.store.close()
+    assert (door.files(), door.store.models.visible(door.me)) == ([], [])
+    door.registry.close()

@@ -12,7 +12,7 @@ import torch
 
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.residency import Limits, Residency
-from deltaserve.errors import DeltaLoadFailed
+from deltaserve.errors import BadRequest, DeltaLoadFailed
 from deltaserve.ids import DeltaDigest, Slot
 
 if TYPE_CHECKING:
@@ -287,3 +287,25 @@ def test_many_threads_never_see_a_pinned_slot_change(make: Callable[..., Shelf])
     shelf.residency.close()
     held = [delta for delta in shelf.residency.slots if delta is not None]
     assert len(held) == shelf.residency.counts()["device"]
+
+
+def test_a_prewarmed_delta_is_there_before_it_is_asked_for(make: Callable[..., Shelf]) -> None:
+    shelf = make()
+    shelf.residency.prewarm(shelf.digests[0])
+    assert shelf.ready.acquire(timeout=WAIT_S)
+    assert (shelf.states()[0], shelf.num_read) == ("device", 1)
+    shelf.residency.prewarm(shelf.digests[0])
+    assert shelf.residency.try_pin(shelf.digests[0]) is not None and shelf.num_read == 1
+
+
+def test_a_kept_delta_is_loaded_at_once_and_stays_while_others_come_and_go(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=2)
+    shelf.residency.keep(shelf.digests[0])
+    assert shelf.ready.acquire(timeout=WAIT_S)
+    shelf.use(1, 2, 3)
+    assert shelf.states()[:4] == ["device", "host", "host", "device"]
+    with pytest.raises(BadRequest, match="one of its slots must stay free"):
+        shelf.residency.keep(shelf.digests[1])
+    shelf.residency.let_go(shelf.digests[0])
+    shelf.use(1, 2)
+    assert shelf.states()[0] == "host"

@@ -17,29 +17,65 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from deltaserve.deltas import store as store_module
-from deltaserve.deltas.store import DeltaStore, Record
-from deltaserve.errors import ArtifactTooLarge, DigestMismatch, InvalidName, ModelNotFound, StorageFull, StoreInUse
+from deltaserve.deltas.store import DeltaStore, Destination
+from deltaserve.errors import (
+    ArtifactTooLarge,
+    DigestMismatch,
+    InvalidName,
+    ModelNotFound,
+    PreconditionFailed,
+    StorageFull,
+    StoreInUse,
+)
 from deltaserve.ids import DeltaDigest
+from deltaserve.tenants.accounts import Caller, Tenant
+from deltaserve.tenants.models import ALWAYS, Change, Condition, Version
+from deltaserve.tenants.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 
+ME = Caller(Tenant(1, "default", 0), "-", frozenset())
+
+
+class Store(DeltaStore):
+    """A store with the registry it works on, and short ways to ask it as its first tenant."""
+
+    def __init__(self, root: Path, **options: Any) -> None:
+        self.registry = Registry(root)
+        super().__init__(self.registry, **options)
+
+    def put(self, name: str, data: bytes, condition: Condition = ALWAYS, **summary: Any) -> tuple[Version, bool]:
+        upload = self.begin_upload(1 << 20)
+        try:
+            upload.write(data)
+            stored = self.commit(
+                Destination(ME.tenant, name, "test", True, condition), upload, upload.finish(None), summary
+            )
+            return stored.version, stored.is_new_name
+        finally:
+            upload.close()
+
+    def get(self, name: str) -> Version:
+        return self.models.find(ME, name)[0].active
+
+    def all(self) -> list[tuple[str, Version]]:
+        return [(model.name, model.active) for model in self.models.visible(ME)]
+
+    def remove(self, name: str) -> None:
+        self.delete(ME, name)
+
+    def close(self) -> None:
+        self.registry.close()
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[DeltaStore]:
-    opened = DeltaStore(tmp_path)
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store(tmp_path)
     yield opened
     opened.close()
-
-
-def put(store: DeltaStore, name: str, data: bytes, **summary: Any) -> tuple[Record, bool]:
-    upload = store.begin_upload(1 << 20)
-    try:
-        upload.write(data)
-        return store.commit(name, upload, upload.finish(None), summary)
-    finally:
-        upload.close()
 
 
 def objects(root: Path) -> set[str]:
@@ -55,62 +91,62 @@ def digest_of(data: bytes) -> DeltaDigest:
 
 
 def test_an_acknowledged_upload_survives_a_restart(tmp_path: Path) -> None:
-    before = DeltaStore(tmp_path)
-    record, new = put(before, "a", b"one", codec="x")
-    assert (record.version, new, record.digest) == (1, True, digest_of(b"one"))
+    before = Store(tmp_path)
+    record, new = before.put("a", b"one", codec="x")
+    assert (record.number, new, record.digest) == (1, True, digest_of(b"one"))
     before.close()
-    after = DeltaStore(tmp_path)
+    after = Store(tmp_path)
     assert after.get("a") == record
     assert after.get("a").summary == {"codec": "x"}
     assert after.path(record.digest).read_bytes() == b"one"
     after.close()
 
 
-def test_a_new_version_takes_the_place_of_the_old_one(store: DeltaStore, tmp_path: Path) -> None:
-    put(store, "a", b"one")
-    record, new = put(store, "a", b"two")
-    assert (record.version, new) == (2, False)
+def test_a_new_version_takes_the_place_of_the_old_one(store: Store, tmp_path: Path) -> None:
+    store.put("a", b"one")
+    record, new = store.put("a", b"two")
+    assert (record.number, new) == (2, False)
     assert store.get("a") == record
     assert objects(tmp_path) == {digest_of(b"two")}
-    assert store.records() == [record]
+    assert store.all() == [("a", record)]
 
 
-def test_the_same_bytes_again_change_nothing(store: DeltaStore, tmp_path: Path) -> None:
-    first, _ = put(store, "a", b"one")
-    assert put(store, "a", b"one") == (first, False)
+def test_the_same_bytes_again_change_nothing(store: Store, tmp_path: Path) -> None:
+    first, _ = store.put("a", b"one")
+    assert store.put("a", b"one") == (first, False)
     assert incoming(tmp_path) == []
 
 
-def test_the_same_bytes_again_heal_a_damaged_object(store: DeltaStore) -> None:
-    put(store, "a", b"one")
+def test_the_same_bytes_again_heal_a_damaged_object(store: Store) -> None:
+    store.put("a", b"one")
     store.path(digest_of(b"one")).write_bytes(b"0ne")
-    put(store, "a", b"one")
+    store.put("a", b"one")
     assert store.path(digest_of(b"one")).read_bytes() == b"one"
 
 
-def test_two_servers_cannot_share_a_store(store: DeltaStore, tmp_path: Path) -> None:
-    put(store, "a", b"one")
+def test_two_servers_cannot_share_a_store(store: Store, tmp_path: Path) -> None:
+    store.put("a", b"one")
     with pytest.raises(StoreInUse, match="another server works on this store"):
-        DeltaStore(tmp_path)
+        Store(tmp_path)
     assert store.path(digest_of(b"one")).read_bytes() == b"one"
 
 
-def test_two_names_share_the_same_bytes_until_both_are_gone(store: DeltaStore, tmp_path: Path) -> None:
-    put(store, "a", b"one")
-    record, new = put(store, "b", b"one")
-    assert (record.version, new) == (1, True)
-    store.delete("a")
+def test_two_names_share_the_same_bytes_until_both_are_gone(store: Store, tmp_path: Path) -> None:
+    store.put("a", b"one")
+    record, new = store.put("b", b"one")
+    assert (record.number, new) == (1, True)
+    store.remove("a")
     assert store.path(digest_of(b"one")).read_bytes() == b"one"
-    store.delete("b")
+    store.remove("b")
     assert objects(tmp_path) == set()
 
 
-def test_a_lease_keeps_a_replaced_or_deleted_object_until_its_last_release(store: DeltaStore) -> None:
-    put(store, "a", b"one")
+def test_a_lease_keeps_a_replaced_or_deleted_object_until_its_last_release(store: Store) -> None:
+    store.put("a", b"one")
     path = store.path(digest_of(b"one"))
-    leases = [store.lease("a"), store.lease("a")]
-    put(store, "a", b"two")
-    store.delete("a")
+    leases = [store.lease(ME, "a")[1], store.lease(ME, "a")[1]]
+    store.put("a", b"two")
+    store.remove("a")
     assert path.read_bytes() == b"one"
     store.release(leases[0].digest)
     assert path.exists()
@@ -118,41 +154,72 @@ def test_a_lease_keeps_a_replaced_or_deleted_object_until_its_last_release(store
     assert not path.exists()
 
 
-def test_releasing_what_is_still_named_keeps_it(store: DeltaStore) -> None:
-    put(store, "a", b"one")
-    store.release(store.lease("a").digest)
+def test_releasing_what_is_still_named_keeps_it(store: Store) -> None:
+    store.put("a", b"one")
+    store.release(store.lease(ME, "a")[1].digest)
     assert store.path(digest_of(b"one")).exists()
 
 
 def test_deleting_tells_what_was_removed_and_a_name_begins_anew(tmp_path: Path) -> None:
     removed: list[DeltaDigest] = []
-    store = DeltaStore(tmp_path, on_removed=removed.append)
-    put(store, "a", b"one")
-    put(store, "a", b"two")
-    store.delete("a")
+    store = Store(tmp_path, on_removed=removed.append)
+    store.put("a", b"one")
+    store.put("a", b"two")
+    store.remove("a")
     assert removed == [digest_of(b"one"), digest_of(b"two")]
-    for call in (store.get, store.lease, store.delete):
+    for call in (store.get, store.remove, lambda name: store.lease(ME, name)):
         with pytest.raises(ModelNotFound):
             call("a")
-    assert put(store, "a", b"three")[0].version == 1
+    assert store.put("a", b"three")[0].number == 1
     store.close()
 
 
+def test_versions_stay_up_to_the_bound_and_bytes_go_with_them(tmp_path: Path) -> None:
+    store = Store(tmp_path, keep_versions=2)
+    for data in (b"one", b"two", b"three"):
+        store.put("a", data)
+    assert objects(tmp_path) == {digest_of(b"two"), digest_of(b"three")}
+    again, _ = store.put("a", b"two")
+    assert (again.number, store.get("a").number) == (2, 2), "bytes that are there already are the version they were"
+    lease = store.lease(ME, "a@3")[1]
+    store.delete(ME, "a@3")
+    assert objects(tmp_path) == {digest_of(b"two"), digest_of(b"three")}
+    store.release(lease.digest)
+    assert objects(tmp_path) == {digest_of(b"two")}
+    store.close()
+
+
+def test_a_change_that_comes_too_late_changes_nothing(store: Store) -> None:
+    store.put("a", b"one")
+    seen = Condition(store.models.find(ME, "a")[0].etag)
+    store.change(ME, "a", Change(pinned=True), seen)
+    log = store.registry.audit_log()
+    for call in (
+        lambda: store.change(ME, "a", Change(pinned=False), seen),
+        lambda: store.delete(ME, "a", seen),
+        lambda: store.put("a", b"two", condition=seen),
+    ):
+        with pytest.raises(PreconditionFailed):
+            call()
+    assert store.registry.audit_log() == log and store.get("a").digest == digest_of(b"one")
+    assert store.models.find(ME, "a")[0].pinned
+
+
 @pytest.mark.parametrize("name", ["a", "A9._-", "0", "x" * 128])
-def test_good_names_are_taken(store: DeltaStore, name: str) -> None:
-    assert put(store, name, b"one")[0].name == name
+def test_good_names_are_taken(store: Store, name: str) -> None:
+    assert store.put(name, b"one")[0].number == 1
 
 
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "-a", "_a", "a/b", "../a", "a b", "a\n", "a\0", "ä", "x" * 129, "a%2f", "a\\b"]
 )
-def test_bad_names_are_refused_and_nothing_is_kept(store: DeltaStore, tmp_path: Path, name: str) -> None:
+def test_bad_names_are_refused_and_nothing_is_kept(store: Store, tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidName):
-        put(store, name, b"one")
-    assert (objects(tmp_path), incoming(tmp_path), store.records()) == (set(), [], [])
+        store.put(name, b"one")
+    assert (objects(tmp_path), incoming(tmp_path), store.all()) == (set(), [], [])
 
 
-def test_an_upload_beyond_the_limit_is_refused(store: DeltaStore, tmp_path: Path) -> None:
+def test_an_upload_beyond_the_limit_is_refused(store: Store, tmp_path: Path) -> None:
     upload = store.begin_upload(5)
     upload.write(b"12345")
     with pytest.raises(ArtifactTooLarge):
@@ -161,7 +228,7 @@ def test_an_upload_beyond_the_limit_is_refused(store: DeltaStore, tmp_path: Path
     assert incoming(tmp_path) == []
 
 
-def test_another_digest_than_the_promised_one_is_refused(store: DeltaStore) -> None:
+def test_another_digest_than_the_promised_one_is_refused(store: Store) -> None:
     upload = store.begin_upload(100)
     upload.write(b"one")
     with pytest.raises(DigestMismatch):
@@ -171,24 +238,24 @@ def test_another_digest_than_the_promised_one_is_refused(store: DeltaStore) -> N
 
 
 def test_a_start_removes_what_nobody_names(tmp_path: Path) -> None:
-    store = DeltaStore(tmp_path)
-    record, _ = put(store, "a", b"one")
+    store = Store(tmp_path)
+    record, _ = store.put("a", b"one")
     orphan = store.path(digest_of(b"orphan"))
     orphan.parent.mkdir()
     orphan.write_bytes(b"orphan")
     (tmp_path / "incoming" / "half").write_bytes(b"ha")
     store.close()
-    store = DeltaStore(tmp_path)
+    store = Store(tmp_path)
     assert (objects(tmp_path), incoming(tmp_path)) == ({record.digest}, [])
     store.close()
 
 
 def test_a_new_folder_of_objects_is_synced_with_its_parent(
-    store: DeltaStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
     monkeypatch.setattr(store_module, "sync_directory", synced.append)
-    record, _ = put(store, "a", b"one")
+    record, _ = store.put("a", b"one")
     assert synced == [tmp_path / "objects", store.path(record.digest).parent]
 
 
@@ -204,12 +271,6 @@ class BrokenRegistry:
             raise sqlite3.OperationalError("database or disk is full")
         return self._connection.execute(sql, *arguments)
 
-    def __enter__(self) -> None:
-        self._connection.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._connection.__exit__(*error)
-
 
 def full(*_: Any, **__: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
@@ -217,9 +278,9 @@ def full(*_: Any, **__: Any) -> Any:
 
 @pytest.mark.parametrize("place", ["mkstemp", "fsync", "replace", "mkdir", "sync_directory", "registry"])
 def test_a_disk_that_is_full_anywhere_is_an_answer_and_nothing_is_kept(
-    store: DeltaStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    old, _ = put(store, "a", b"old")
+    old, _ = store.put("a", b"old")
     with monkeypatch.context() as patch:
         match place:
             case "mkstemp":
@@ -233,52 +294,55 @@ def test_a_disk_that_is_full_anywhere_is_an_answer_and_nothing_is_kept(
             case "sync_directory":
                 patch.setattr(store_module, "sync_directory", full)
             case "registry":
-                patch.setattr(store, "_registry", BrokenRegistry(store._registry, "INSERT"))
+                patch.setattr(store.registry, "_connection", BrokenRegistry(store.registry._connection, "INSERT"))
         with pytest.raises(StorageFull):
-            put(store, "a", b"new")
+            store.put("a", b"new")
     assert (objects(tmp_path), incoming(tmp_path), store.get("a")) == ({old.digest}, [], old)
-    assert put(store, "a", b"new")[0].version == 2
+    assert store.put("a", b"new")[0].number == 2
 
 
 @pytest.mark.parametrize("place", ["sync_directory", "registry"])
 def test_a_full_disk_does_not_take_bytes_that_another_name_has(
-    store: DeltaStore, monkeypatch: pytest.MonkeyPatch, place: str
+    store: Store, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    record, _ = put(store, "a", b"one")
+    record, _ = store.put("a", b"one")
     with monkeypatch.context() as patch:
         if place == "registry":
-            patch.setattr(store, "_registry", BrokenRegistry(store._registry, "INSERT"))
+            patch.setattr(store.registry, "_connection", BrokenRegistry(store.registry._connection, "INSERT"))
         else:
             patch.setattr(store_module, "sync_directory", full)
         with pytest.raises(StorageFull):
-            put(store, "b", b"one")
+            store.put("b", b"one")
     assert store.path(record.digest).read_bytes() == b"one"
 
 
 @pytest.mark.parametrize("verb", ["DELETE", "INSERT"])
 def test_a_registry_that_cannot_be_written_keeps_what_it_says(
-    store: DeltaStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
 ) -> None:
-    record, _ = put(store, "a", b"one")
+    record, _ = store.put("a", b"one")
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_registry", BrokenRegistry(store._registry, verb))
+        patch.setattr(store.registry, "_connection", BrokenRegistry(store.registry._connection, verb))
         with pytest.raises(StorageFull):
-            put(store, "a", b"two")
+            store.put("a", b"two")
         if verb == "DELETE":
             with pytest.raises(StorageFull):
-                store.delete("a")
-    assert (store.records(), objects(tmp_path)) == ([record], {record.digest})
-    assert put(store, "a", b"three")[0].version == 2
+                store.remove("a")
+    assert (store.all(), objects(tmp_path)) == ([("a", record)], {record.digest})
+    assert store.put("a", b"three")[0].number == 2
     assert objects(tmp_path) == {digest_of(b"three")}
 
 
 SMALL_DISK = """
 import resource, sys
 from pathlib import Path
-from deltaserve.deltas.store import DeltaStore
+from deltaserve.deltas.store import DeltaStore, Destination
+from deltaserve.tenants.accounts import Accounts
+from deltaserve.tenants.registry import Registry
 from deltaserve.errors import StorageFull
 root = Path(sys.argv[1])
-store = DeltaStore(root)
+registry = Registry(root)
+store, owner = DeltaStore(registry), Accounts(registry).default
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))  # EFBIG beyond 64 KiB, without privileges
 refused = 0
 for i in range(60):
@@ -286,7 +350,7 @@ for i in range(60):
     try:
         upload.write(bytes([i]) * (1000 if i % 2 else 1 << 17))
         digest = upload.finish(None)
-        store.commit(f"n{i}", upload, digest, {"filler": "x" * 4000})
+        store.commit(Destination(owner, f"n{i}", "test"), upload, digest, {"filler": "x" * 4000})
         print(f"n{i}", digest)
     except StorageFull:
         refused += 1
@@ -304,8 +368,8 @@ def test_a_file_size_limit_of_the_system_is_an_answer_and_what_was_acknowledged_
     assert done.returncode == 0, done.stderr
     *kept, (_, refused) = [line.split() for line in done.stdout.splitlines()]
     assert int(refused) > 30  # the large ones, and small ones once the registry itself is full
-    store = DeltaStore(tmp_path)
-    assert {(record.name, record.digest) for record in store.records()} == {(name, digest) for name, digest in kept}
+    store = Store(tmp_path)
+    assert {(name, record.digest) for name, record in store.all()} == {(name, digest) for name, digest in kept}
     assert objects(tmp_path) == {digest for _, digest in kept}
     store.close()
 
@@ -313,13 +377,16 @@ def test_a_file_size_limit_of_the_system_is_an_answer_and_what_was_acknowledged_
 CRASHING = """
 import hashlib, json, os, sys
 from pathlib import Path
-from deltaserve.deltas.store import DeltaStore
+from deltaserve.deltas.store import DeltaStore, Destination
+from deltaserve.tenants.accounts import Accounts
+from deltaserve.tenants.registry import Registry
 
 def say(*words):
     os.write(1, json.dumps(words).encode() + b"\\n")
 
 def work(i):
-    store = DeltaStore(Path(sys.argv[1]))
+    registry = Registry(Path(sys.argv[1]))
+    store, owner = DeltaStore(registry), Accounts(registry).default
     say("ready", os.getpid())
     while True:
         i += 1
@@ -327,9 +394,9 @@ def work(i):
         data = hashlib.sha256(b"%d" % i).digest() * 3000
         for start in range(0, len(data), 8192):
             upload.write(data[start : start + 8192])
-        record, _ = store.commit(f"n{i % 3}", upload, upload.finish(None), {"i": i})
+        stored = store.commit(Destination(owner, f"n{i % 3}", "test"), upload, upload.finish(None), {"i": i})
         upload.close()
-        say("kept", i, record.name, record.digest)
+        say("kept", i, stored.model.name, stored.version.digest)
 
 for line in sys.stdin:
     child = os.fork()
@@ -363,8 +430,8 @@ def test_a_kill_at_any_point_keeps_what_was_acknowledged_and_nothing_half(tmp_pa
 
 def check_store(root: Path, last: int, kept: dict[str, int]) -> tuple[int, dict[str, int]]:
     """Opens it again: every acknowledged upload or the one after it is there, and no file beside."""
-    store = DeltaStore(root)
-    records = {record.name: record for record in store.records()}
+    store = Store(root)
+    records = dict(store.all())
     found = {name: record.summary["i"] for name, record in records.items()}
     assert all(found[name] in (i, last + 1) for name, i in kept.items())
     for record in records.values():

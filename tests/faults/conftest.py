@@ -17,11 +17,14 @@ from deltaserve.app import build_services, create_app
 from deltaserve.engine.grammars import MatcherGuide
 from deltaserve.engine.types import Request
 from deltaserve.settings import Settings
+from deltaserve.tenants.accounts import Caller
 from deltaserve_kernels.native.library import available
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from deltaserve.ids import DeltaDigest
 
 WAIT_S = 15.0
 POLL_S = 0.01
@@ -54,6 +57,10 @@ class Site:
 
     def upload(self, name: str, artifact: bytes) -> None:
         assert self.http.put(f"/v1/deltas/{name}", content=artifact).status_code == 201
+
+    def digest(self, name: str) -> DeltaDigest:
+        caller = Caller(self.services.accounts.default, "-", frozenset())
+        return self.services.store.models.find(caller, name)[0].active.digest
 
     def ask(self, model: str, **fields: Any) -> httpx.Response:
         body = {"model": model, "prompt": "Many fine-tunes", "temperature": 0, "max_tokens": 12, "ignore_eos": True}

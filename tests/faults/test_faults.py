@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltaserve.deltas.resident import ResidentDelta
+from deltaserve.deltas.artifact import Artifact
 
 from .conftest import wait_until
 
@@ -51,7 +51,7 @@ def forward_raises_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> Callable[
     def arm(name: str) -> None:
         wait_until(lambda: site.num_live == 0, "the answers before are done")
         gathered = False
-        digest = site.services.store.get(name).digest
+        digest = site.digest(name)
 
         def forward(self: Any, step: Any, ids: Any, positions: Any, rows: Any) -> Any:
             nonlocal gathered
@@ -184,7 +184,7 @@ def test_a_mixture_that_outgrows_the_cache_ends_in_an_error_and_its_neighbour_go
 
 def test_a_file_that_is_damaged_on_disk_is_an_error_for_its_delta_alone(site: Site, tenants: dict[str, Any]) -> None:
     site.upload("torn", tenants["chatty"].artifact)
-    path = site.services.store.path(site.services.store.get("torn").digest)
+    path = site.services.store.path(site.digest("torn"))
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
@@ -200,10 +200,10 @@ def test_no_memory_for_a_load_is_an_error_and_the_next_load_is_tried(
     site.upload("heavy", tenants["chatty"].artifact)
     with monkeypatch.context() as patch:
 
-        def load(*args: Any) -> Any:  # noqa: ARG001
+        def no_memory(*args: Any, **kwargs: Any) -> Any:  # noqa: ARG001
             raise torch.OutOfMemoryError("no memory on the device")
 
-        patch.setattr(ResidentDelta, "load", load)
+        patch.setattr(Artifact, "open", no_memory)
         failed, text = site.at_once(lambda: site.error("heavy"), lambda: site.text("tiny"))
     assert (failed, text) == ((500, "delta_load_failed"), site.text("tiny"))
     assert site.ask("heavy").status_code == 200

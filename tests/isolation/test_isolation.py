@@ -93,7 +93,7 @@ def test_a_new_version_serves_new_requests_and_the_running_one_keeps_its_own(
     make_town: Callable[..., Town], artifacts: dict[str, bytes], alone: Any
 ) -> None:
     town = make_town(max_deltas=2)
-    old = town.store.lease("sign")
+    old = town.store.lease(town.me, "sign")[1]
     running = town.ask("sign")
     town.scheduler.add(running)
     while running.num_generated < 2:
@@ -189,7 +189,7 @@ def test_a_damaged_delta_fails_its_request_and_is_never_served_by_the_base(
     make_town: Callable[..., Town], alone: Any
 ) -> None:
     town = make_town(max_deltas=2)
-    path = town.store.path(town.store.get("svd").digest)
+    path = town.store.path(town.named("svd").active.digest)
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
@@ -207,7 +207,7 @@ def test_an_unknown_or_deleted_delta_is_an_error_and_never_the_base(make_town: C
         town.ask("nobody")
     late = town.ask("svd")
     unknown = make_request(PROMPT, hashlib.sha256(b"unknown").hexdigest())
-    town.store.delete("svd")
+    town.store.delete(town.me, "svd")
     town.run(late, unknown)
     for request in (late, unknown):
         assert isinstance(town.errors[request.id], DeltaLoadFailed)

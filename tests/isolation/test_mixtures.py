@@ -29,7 +29,7 @@ def ask(
     town: Town, names: Sequence[str | None], weights: Sequence[float], alpha: float = 0.0, **params: Any
 ) -> Request:
     request = town.ask(names[0], max_tokens=TOKENS, **params)
-    request.others = tuple(Row(digest=None if n is None else town.store.get(n).digest) for n in names[1:])
+    request.others = tuple(Row(digest=None if n is None else town.named(n).active.digest) for n in names[1:])
     request.mixture = Mixture(tuple(weights), alpha)
     return request
 
@@ -102,7 +102,7 @@ def test_two_mixtures_that_compete_for_the_slots_both_run(make_town: Callable[..
 
 def test_a_member_that_does_not_load_fails_the_mixture_and_nobody_else(make_town: Callable[..., Town]) -> None:
     town = make_town()
-    path = town.store.path(town.store.get("svd").digest)
+    path = town.store.path(town.named("svd").active.digest)
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
@@ -128,7 +128,7 @@ def test_a_mixture_of_more_bytes_than_the_device_holds_is_refused(
     size = {}
     for name in ("sign", "svd"):
         town.run(town.ask(name, max_tokens=1))
-        digest = town.store.get(name).digest
+        digest = town.named(name).active.digest
         size[name] = town.residency.resident_bytes(digest) or 0
     small: Town = make_town(device_bytes=max(size.values()))
     mixed = ask(small, ["sign", "svd"], (0.5, 0.5))

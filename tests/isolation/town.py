@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from deltaserve.codecs.budget import Budget
 from deltaserve.deltas.residency import Limits, Residency
-from deltaserve.deltas.store import DeltaStore, Record
+from deltaserve.deltas.store import DeltaStore, Destination
+from deltaserve.tenants.accounts import Accounts, Caller
+from deltaserve.tenants.registry import Registry
 
 from .rig import CPU, Rig, make_request
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from deltaserve.engine.types import Request
     from deltaserve.model.load import ServedModel
+    from deltaserve.tenants.models import Model, Version
 
 PROMPT = [5, 9, 200, 31, 77, 4, 4, 120, 250, 66, 13, 87, 5, 42]
 CODECS: dict[str, tuple[str, Budget, dict[str, Any]]] = {
@@ -47,24 +50,29 @@ class Town(Rig):
             lambda digest: self.store.path(digest),
             CPU,
             Limits(max_deltas, host, device_bytes),
-            serve=model.serve,
+            load=model.load_delta,
             on_ready=lambda: self.ready.set(),
         )
-        self.store = DeltaStore(root, on_removed=lambda digest: self.residency.discard([digest]))
+        self.registry = Registry(root)
+        self.me = Caller(Accounts(self.registry).default, "-", frozenset())
+        self.store = DeltaStore(self.registry, on_removed=lambda digest: self.residency.discard([digest]))
         super().__init__(model, self.residency, self.residency.slots, **options)
 
-    def upload(self, name: str, data: bytes) -> Record:
+    def upload(self, name: str, data: bytes) -> Version:
         upload = self.store.begin_upload(1 << 24)
         upload.write(data)
-        record, _ = self.store.commit(name, upload, upload.finish(None), {})
+        stored = self.store.commit(Destination(self.me.tenant, name, "test"), upload, upload.finish(None), {})
         upload.close()
-        return record
+        return stored.version
+
+    def named(self, name: str) -> Model:
+        return self.store.models.find(self.me, name)[0]
 
     def ask(self, name: str | None, *, prompt: list[int] = PROMPT, max_tokens: int = 6, **params: Any) -> Request:
-        digest = None if name is None else self.store.get(name).digest
+        digest = None if name is None else self.named(name).active.digest
         return make_request(prompt, digest, max_tokens=max_tokens, **params)
 
     def close(self) -> None:
         assert self.residency.counts()["pinned"] == 0
         self.residency.close()
-        self.store.close()
+        self.registry.close()

@@ -15,6 +15,10 @@ RELATIVE_RMS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 # once: what is made of x before the product (column scales, transforms, between factors), values of tables and groups.
 NATIVE_RELATIVE_RMS = {"exact": 2e-6, "split": 2e-5, "rounded": 8e-3}
 
+# The fused kernels take x as float16 numbers of a common exponent (exact for bfloat16). rounded: to float16, once: what
+# is made of x before the product, projections on a book, what lies between factors; tables.
+FUSED_RELATIVE_RMS = {"exact": 1e-6, "rounded": 6e-4}
+
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖ in float64."""

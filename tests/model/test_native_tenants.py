@@ -35,7 +35,7 @@ class Served:
         self.deltas: list[ResidentDelta | None] = []
         for artifact, _ in town.tenants.values():
             self.model.check_servable(artifact)
-            self.deltas.append(ResidentDelta.load(artifact, self.model.serve))
+            self.deltas.append(self.model.load_delta(artifact))
         self._blocks = itertools.count()
 
     def text(self, name: str, prompt: list[int] = PROMPT, blocks: list[int] | None = None) -> Text:
@@ -207,7 +207,7 @@ def test_a_new_version_in_a_slot_is_used_at_once_and_the_old_one_when_it_is_back
         check(text, alone[other])
         check(served.alone(name), alone[name])
     artifact, _ = served.town.tenants[names[0]]
-    loaded_again = [ResidentDelta.load(artifact, served.model.serve), *served.deltas[1:]]
+    loaded_again = [served.model.load_delta(artifact), *served.deltas[1:]]
     text = served.text(names[0])
     decode(served.model, [text], 4, loaded_again)
     check(text, alone[names[0]])
@@ -216,7 +216,7 @@ def test_a_new_version_in_a_slot_is_used_at_once_and_the_old_one_when_it_is_back
 def test_what_was_made_of_a_delta_goes_with_it(served: Served) -> None:
     artifact, _ = next(iter(served.town.tenants.values()))
     before = len(served.model._deltas)
-    delta = ResidentDelta.load(artifact, served.model.serve)
+    delta = served.model.load_delta(artifact)
     advance(served.model, [(Text([5, 9], 0, [0]), 2)], [delta])
     assert len(served.model._deltas) == before + 1
     del delta

@@ -89,6 +89,11 @@ class AsyncClient:
     async def version(self) -> Version:
         return await self._ask(calls.version())
 
+    async def request(
+        self, method: str, path: str, body: Json | None = None, params: dict[str, str] | None = None
+    ) -> Json:
+        return await self._ask(calls.request(method, path, body, params))
+
     async def _ask(self, call: calls.Call[T], body: Callable[[], AsyncIterator[bytes]] | None = None) -> T:
         return call.parse(await self._send(call, body, is_stream=False))
 

@@ -100,6 +100,14 @@ def version() -> Call[Version]:
     return Call("GET", "/version", replies.one(Version.from_json))
 
 
+def request(method: str, path: str, body: Json | None, params: dict[str, str] | None) -> Call[Json]:
+    """Any route that answers with a JSON object; `path` is percent-encoded already."""
+    headers = {} if body is None else {"content-type": "application/json"}
+    content = None if body is None else json.dumps(body, allow_nan=False).encode()
+    repeat = Repeat.ALWAYS if method == "GET" else Repeat.IF_NOT_RUN
+    return Call(method, path, replies.one(dict), repeat, params or {}, headers, content)
+
+
 def connection(base_url: str, api_key: str | None, timeout: float | httpx.Timeout) -> dict[str, Any]:
     """The arguments that both of httpx's clients take. Raises `InvalidArgument`."""
     try:

@@ -100,6 +100,10 @@ class Client:
     def version(self) -> Version:
         return self._ask(calls.version())
 
+    def request(self, method: str, path: str, body: Json | None = None, params: dict[str, str] | None = None) -> Json:
+        """Any route that answers with a JSON object, such as the admin API's."""
+        return self._ask(calls.request(method, path, body, params))
+
     def _ask(self, call: calls.Call[T], body: Callable[[], Iterator[bytes]] | None = None) -> T:
         return call.parse(self._send(call, body, is_stream=False))
 

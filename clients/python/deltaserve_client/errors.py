@@ -8,8 +8,10 @@
     └── ApiError                    the server said no: status, code, message, param, request_id
         ├── BadRequest              400
         ├── Unauthorized            401
+        ├── Forbidden               403     the key may not, or a quota is reached
         ├── NotFound                404
         ├── Conflict                409
+        ├── PreconditionFailed      412     somebody else was faster
         ├── TooLarge                413
         ├── Unprocessable           422
         ├── RateLimited             429, retry_after_s
@@ -86,11 +88,19 @@ class Unauthorized(ApiError):
     pass
 
 
+class Forbidden(ApiError):
+    pass
+
+
 class NotFound(ApiError):
     pass
 
 
 class Conflict(ApiError):
+    pass
+
+
+class PreconditionFailed(ApiError):
     pass
 
 
@@ -125,8 +135,10 @@ class StreamFailed(ServerError):
 _BY_STATUS: dict[int, type[ApiError]] = {
     400: BadRequest,
     401: Unauthorized,
+    403: Forbidden,
     404: NotFound,
     409: Conflict,
+    412: PreconditionFailed,
     413: TooLarge,
     422: Unprocessable,
     429: RateLimited,

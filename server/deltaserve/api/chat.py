@@ -28,7 +28,7 @@ router = APIRouter()
 async def create_chat_completion(body: ChatIn, http: Request, services: ServicesDep) -> Response | dict[str, Any]:
     if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
-    generation = Generation(services, body, "chatcmpl")
+    generation = Generation(services, body, "chatcmpl", http)
 
     async def whole() -> dict[str, Any]:
         await start(generation, body, services)

@@ -24,7 +24,7 @@ DEFAULT_MAX_TOKENS = 16
 async def create_completion(body: CompletionIn, http: Request, services: ServicesDep) -> Response | dict[str, Any]:
     if body.max_tokens == 0 and not body.echo:
         raise BadRequest("max_tokens 0 answers nothing; it is of use with echo alone", param="max_tokens")
-    generation = Generation(services, body, "cmpl")
+    generation = Generation(services, body, "cmpl", http)
 
     async def whole() -> dict[str, Any]:
         await start(generation, body, services)

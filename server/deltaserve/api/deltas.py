@@ -1,4 +1,4 @@
-"""PUT, GET, DELETE /v1/deltas/{name}: upload, look at, forget a delta."""
+"""/v1/deltas/{name}: upload, look at, move between versions, share, forget. NAME as in tenants.models."""
 
 from __future__ import annotations
 
@@ -6,43 +6,88 @@ import asyncio
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import JSONResponse
+from pydantic import Field
 
-from deltaserve.api.deps import Services, ServicesDep
-from deltaserve.deltas.store import Record, check_name
-from deltaserve.errors import ArtifactTooLarge, NameConflict
+from deltaserve.api.deps import CallerDep, Services, ServicesDep
+from deltaserve.api.schemas import Text, Wire
+from deltaserve.deltas.store import Destination, Stored
+from deltaserve.errors import ArtifactTooLarge, NameConflict, PermissionDenied
+from deltaserve.tenants.accounts import Caller
+from deltaserve.tenants.models import Canary, Change, Condition, Model, Version, check_name, missing
 
 router = APIRouter()
+changing = APIRouter()
 PIECE_BYTES = 2**20  # handed to the disk at once
 Sha256 = Annotated[str | None, Query(pattern="^[0-9a-fA-F]{64}$")]
+Number = Annotated[int, Field(ge=1, lt=2**31)]
 
 
-def _card(services: Services, record: Record) -> dict[str, Any]:
-    return {
-        "id": record.name,
+class CanaryIn(Wire):
+    version: Number
+    percent: Annotated[float, Field(gt=0, le=100)]
+
+
+class ChangeIn(Wire):
+    """What is left out stays; canary null ends it."""
+
+    version: Number | None = None
+    canary: CanaryIn | None = None
+    pinned: bool | None = None
+    shared_with: Annotated[list[Text], Field(max_length=1000)] | None = None
+
+
+async def condition(
+    if_match: Annotated[str | None, Header()] = None, if_none_match: Annotated[str | None, Header()] = None
+) -> Condition:
+    return Condition(if_match, if_none_match)
+
+
+ConditionDep = Annotated[Condition, Depends(condition)]
+
+
+def _card(services: Services, caller: Caller, model: Model, version: Version) -> dict[str, Any]:
+    card = {
+        "id": model.called_by(caller),
         "object": "delta",
-        "version": record.version,
-        "sha256": record.digest,
-        "created": record.created,
-        **record.summary,
-        "resident_bytes": services.residency.resident_bytes(record.digest) or record.summary["resident_bytes"],
-        "state": services.residency.state(record.digest),
+        "owner": model.owner,
+        "version": version.number,
+        "sha256": version.digest,
+        "created": version.created,
+        **version.summary,
+        "resident_bytes": services.residency.resident_bytes(version.digest) or version.summary["resident_bytes"],
+        "state": services.residency.state(version.digest),
     }
+    if model.is_changed_by(caller):
+        canary = vars(model.canary) if model.canary else None
+        shared_with = list(model.shared_with)
+        card |= {"active": model.active.number, "canary": canary, "pinned": model.pinned, "shared_with": shared_with}
+    return card
 
 
-@router.put("/v1/deltas/{name:path}")
-async def upload_delta(name: str, http: Request, services: ServicesDep, sha256: Sha256 = None) -> JSONResponse:
-    """The body is the artifact. Acknowledged when it is checked and safe on disk; 201 for a new name, else 200."""
-    services.refuse_if_draining()
+def _reply(card: dict[str, Any], model: Model, status: int = 200) -> JSONResponse:
+    return JSONResponse(card, status, {"ETag": model.etag})
+
+
+def _destination(services: Services, caller: Caller, called: str, activate: bool, when: Condition) -> Destination:
+    """NAME, or TENANT:NAME for an admin. Raises InvalidName, NameConflict, NotFound, PreconditionFailed."""
+    if called == services.base_id:
+        raise NameConflict(f"{called!r} is the base model's id; choose another name", param="name")
+    tenant, colon, name = called.rpartition(":")
+    owner = caller.tenant
+    if colon and tenant != owner.name:
+        if not caller.is_admin:
+            raise missing(called)
+        owner = services.accounts.named(tenant)
     check_name(name)
-    if name == services.base_id:
-        raise NameConflict(f"{name!r} is the base model's id; choose another name", param="name")
-    declared = http.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > services.intake.max_bytes:
-        raise ArtifactTooLarge(f"{declared} bytes; at most {services.intake.max_bytes} are accepted")
+    return Destination(owner, name, str(caller), activate, when)
+
+
+async def _receive(services: Services, http: Request, to: Destination, max_bytes: int, sha256: str | None) -> Stored:
+    """The body, to the disk, checked, and stored; nothing of it stays if any of that fails."""
     in_pool = partial(asyncio.get_running_loop().run_in_executor, services.upload_pool)  # requests have other threads
-    upload = await in_pool(services.intake.begin)
+    upload = await in_pool(services.intake.begin, max_bytes)
     try:
         pending = bytearray()
         async for piece in http.stream():
@@ -51,25 +96,98 @@ async def upload_delta(name: str, http: Request, services: ServicesDep, sha256: 
                 await in_pool(upload.write, bytes(pending))
                 pending.clear()
         await in_pool(upload.write, bytes(pending))
-        record, is_new = await in_pool(services.intake.accept, name, upload, sha256)
+        return await in_pool(services.intake.accept, to, upload, sha256)
     finally:
         await asyncio.shield(in_pool(upload.close))
-    return JSONResponse(_card(services, record), 201 if is_new else 200)
+
+
+@changing.put("/v1/deltas/{name:path}")
+async def upload_delta(
+    name: str,
+    http: Request,
+    services: ServicesDep,
+    caller: CallerDep,
+    when: ConditionDep,
+    sha256: Sha256 = None,
+    activate: bool = True,
+) -> JSONResponse:
+    """The body is the artifact. Acknowledged when it is checked and safe on disk; 201 for a new name, else 200.
+    `activate=false`: a name that is there points where it pointed."""
+    services.refuse_if_draining()
+    to = _destination(services, caller, name, activate, when)
+    when.check(await asyncio.to_thread(services.store.models.own, to.owner.id, to.name))  # now, and when it is stored
+    declared = http.headers.get("content-length", "")
+    quota = to.owner.limits.max_bytes
+    most = services.intake.max_bytes if quota is None else min(services.intake.max_bytes, quota)
+    if declared.isdigit() and int(declared) > most:
+        raise ArtifactTooLarge(f"{declared} bytes; at most {most} are accepted")
+    num_bytes = int(declared) if declared.isdigit() else most
+    with services.gate.upload(to.owner.id, to.owner.limits, num_bytes):
+        stored = await _receive(services, http, to, most, sha256)
+    await asyncio.to_thread(services.keep_pinned)
+    card = _card(services, caller, stored.model, stored.version)
+    return _reply(card, stored.model, 201 if stored.is_new_name else 200)
 
 
 @router.get("/v1/deltas")
-async def list_deltas(services: ServicesDep) -> dict[str, Any]:
-    records = await asyncio.to_thread(services.store.records)
-    return {"object": "list", "data": [_card(services, record) for record in records]}
+async def list_deltas(services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
+    models = await asyncio.to_thread(services.store.models.visible, caller)
+    return {"object": "list", "data": [_card(services, caller, model, model.active) for model in models]}
+
+
+@router.get("/v1/deltas/{name}/versions")
+async def list_versions(name: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
+    """Newest first."""
+
+    def cards() -> list[dict[str, Any]]:
+        model, _ = services.store.models.find(caller, name)
+        return [_card(services, caller, model, version) for version in services.store.models.versions(model)]
+
+    return {"object": "list", "data": await asyncio.to_thread(cards)}
+
+
+@router.post("/v1/deltas/{name}/prewarm", status_code=202)
+async def prewarm(name: str, services: ServicesDep, caller: CallerDep) -> JSONResponse:
+    """Begins to bring it to the device, so that the first request need not wait; `state` says when it is there."""
+    model, version = await asyncio.to_thread(services.store.models.find, caller, name)
+    services.residency.prewarm((version or model.active).digest)
+    return _reply(_card(services, caller, model, version or model.active), model, 202)
 
 
 @router.get("/v1/deltas/{name:path}")
-async def get_delta(name: str, services: ServicesDep) -> dict[str, Any]:
-    return _card(services, await asyncio.to_thread(services.store.get, name))
+async def get_delta(name: str, services: ServicesDep, caller: CallerDep) -> JSONResponse:
+    model, version = await asyncio.to_thread(services.store.models.find, caller, name)
+    return _reply(_card(services, caller, model, version or model.active), model)
 
 
-@router.delete("/v1/deltas/{name:path}")
-async def delete_delta(name: str, services: ServicesDep) -> dict[str, Any]:
-    """New requests find nothing; running ones finish."""
-    await asyncio.to_thread(services.store.delete, name)
+@changing.patch("/v1/deltas/{name:path}")
+async def change_delta(
+    name: str, body: ChangeIn, services: ServicesDep, caller: CallerDep, when: ConditionDep
+) -> JSONResponse:
+    """Moves the name to another version, gives a canary a share of requests, pins, shares (admins only)."""
+
+    def change() -> Model:
+        if body.shared_with is not None and not caller.is_admin:  # a tenant that names others learns who is there
+            raise PermissionDenied("an admin alone shares models with other tenants", param="shared_with")
+        canary = Canary(body.canary.version, body.canary.percent) if body.canary else None
+        model, _ = services.store.models.owned(caller, name)
+        if canary is None and "canary" in body.model_fields_set:
+            canary = Canary(model.active.number, 0)
+        others = None if body.shared_with is None else [services.accounts.named(other) for other in body.shared_with]
+        if body.pinned and not model.pinned:
+            services.pin(model.active.digest)  # raises where there is no room, before anything is changed
+        try:
+            return services.store.change(caller, name, Change(body.version, canary, body.pinned, others), when)
+        finally:
+            services.keep_pinned()
+
+    model = await asyncio.to_thread(change)
+    return _reply(_card(services, caller, model, model.active), model)
+
+
+@changing.delete("/v1/deltas/{name:path}")
+async def delete_delta(name: str, services: ServicesDep, caller: CallerDep, when: ConditionDep) -> dict[str, Any]:
+    """A model with every version, or NAME@VERSION. New requests find nothing; running ones finish."""
+    await asyncio.to_thread(services.store.delete, caller, name, when)
+    await asyncio.to_thread(services.keep_pinned)
     return {"id": name, "object": "delta", "deleted": True}

@@ -1,12 +1,16 @@
-"""What handlers need."""
+"""What handlers need: the services, who calls, and what a caller must be allowed to do."""
 
 from __future__ import annotations
 
+import logging
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
+from fastapi.params import Depends as Dependency
+from fastapi.security import HTTPBearer
 
 from deltaserve.deltas.intake import Intake
 from deltaserve.deltas.residency import Residency
@@ -14,9 +18,17 @@ from deltaserve.deltas.store import DeltaStore
 from deltaserve.engine.grammars import Grammars
 from deltaserve.engine.loop import Engine
 from deltaserve.engine.text import TextSide
-from deltaserve.errors import Draining
+from deltaserve.errors import BadRequest, Draining, PermissionDenied
+from deltaserve.ids import DeltaDigest
 from deltaserve.metrics import Metrics
 from deltaserve.settings import Settings
+from deltaserve.tenants.accounts import Accounts, Caller, Scope
+from deltaserve.tenants.keys import Keys
+from deltaserve.tenants.limits import Gate
+from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.usage import Usage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,21 +44,66 @@ class Services:
     engine: Engine
     text: TextSide
     grammars: Grammars
+    registry: Registry
+    accounts: Accounts
+    keys: Keys
+    gate: Gate
+    usage: Usage
     store: DeltaStore
     intake: Intake
     residency: Residency
     metrics: Metrics
     upload_pool: ThreadPoolExecutor
     draining: bool = field(default=False)
+    _pinning: threading.Lock = field(default_factory=threading.Lock)
+    _kept: set[DeltaDigest] = field(default_factory=set)
+
+    def pin(self, digest: DeltaDigest) -> None:
+        """Before a name is pinned. Raises BadRequest where there is no room for it."""
+        with self._pinning:
+            self.residency.keep(digest)
+            self._kept.add(digest)
+
+    def keep_pinned(self) -> None:
+        """Tells residency what pinned names point to now."""
+        with self._pinning:  # the last to read is the last to tell
+            wanted = set(self.store.models.pinned())
+            for digest in self._kept - wanted:
+                self.residency.let_go(digest)
+            self._kept &= wanted
+            for digest in wanted - self._kept:
+                try:
+                    self.residency.keep(digest)
+                    self._kept.add(digest)
+                except BadRequest as error:
+                    logger.warning("a pinned model is not kept on the device: %s", error.message)
 
     def refuse_if_draining(self) -> None:
         if self.draining:
             raise Draining("the server is shutting down")
 
 
-def services(request: Request) -> Services:
+async def services(request: Request) -> Services:
     found: Services = request.app.state.services
     return found
 
 
+async def caller(request: Request) -> Caller:
+    """Who api.middleware.Authenticate found."""
+    found: Caller = request.state.caller
+    return found
+
+
 ServicesDep = Annotated[Services, Depends(services)]
+CallerDep = Annotated[Caller, Depends(caller)]
+DESCRIBED = HTTPBearer(auto_error=False, description="an API key")  # for the OpenAPI document; the middleware checks
+
+
+def needs(*any_of: Scope) -> list[Dependency]:
+    """For a router: its callers have one of these scopes. Raises PermissionDenied."""
+
+    async def check(who: CallerDep) -> None:
+        if not who.may(*any_of):
+            raise PermissionDenied(f"this key lacks the scope {' or '.join(any_of or ('admin',))}")
+
+    return [Depends(DESCRIBED), Depends(check)]

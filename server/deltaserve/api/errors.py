@@ -21,6 +21,7 @@ CLIENT_GONE = 499  # as nginx logs it
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "invalid_request_error",
     429: "rate_limit_error",
 }

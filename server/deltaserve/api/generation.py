@@ -18,12 +18,13 @@ from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 
 from deltaserve.api.deps import Services
+from deltaserve.api.metering import Meter
 from deltaserve.api.mixing import read_mixture
 from deltaserve.api.schemas import Generation as Wire
 from deltaserve.engine.grammars import Grammar
 from deltaserve.engine.text import Profile, Sink
 from deltaserve.engine.types import Event, Request, Row, SamplingParams
-from deltaserve.errors import BadRequest, ContextLengthExceeded
+from deltaserve.errors import BadRequest, ContextLengthExceeded, DeltaServeError
 from deltaserve.ids import DeltaDigest, RequestId
 
 T = TypeVar("T")
@@ -33,14 +34,17 @@ Prompts = Callable[[Profile], list[list[int]]]
 class Generation:
     """The choices of one API request: prompt i has the choices [i·n, (i+1)·n). Use as an async context manager."""
 
-    def __init__(self, services: Services, body: Wire, kind: str) -> None:
+    def __init__(self, services: Services, body: Wire, kind: str, http: HttpRequest) -> None:
         if body.stream_options is not None and not body.stream:
             raise BadRequest("stream_options needs stream: true", param="stream_options")
         self._services = services
         self._body = body
+        self._meter = Meter(services, http)
+        self._billed_as = services.base_id
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._leased: list[DeltaDigest] = []
+        self._named: dict[str, DeltaDigest] = {}
         self._digests: list[DeltaDigest | None] = []  # of the models that answer; None = the base
         self._live: dict[int, Request] = {}
         self._unfinished = 0  # requests whose last event has not come
@@ -62,13 +66,19 @@ class Generation:
         """Resolves the model, reads the prompts, submits, and waits for the first event, so that what goes wrong
         before it is still an HTTP status. Raises DeltaServeError."""
         self._services.refuse_if_draining()
+        self._meter.enter()
         preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare, prompts, params, grammar))
         try:
             requests = await asyncio.shield(preparing)
         except asyncio.CancelledError:
             preparing.add_done_callback(self._drop)  # its lease may come after we are gone
             raise
-        self._services.engine.submit(requests)
+        self._meter.begin(len(requests), sum(map(len, self.prompts)))
+        try:
+            self._services.engine.submit(requests)
+        except DeltaServeError:
+            self._meter.undo()
+            raise
         self._services.metrics.request_params_n.observe(self.n)
         self._live = dict(enumerate(requests))
         self._unfinished = len(requests)
@@ -102,8 +112,11 @@ class Generation:
 
     def _hear(self, index: int, event: Event) -> None:
         self._events.put_nowait((index, event))
+        self._meter.spend(len(event.token_ids))
         if event.finish_reason is not None:
             self._unfinished -= 1
+            if not self._unfinished:
+                self._meter.end(self._billed_as)
             self._release_if_done()
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
@@ -141,23 +154,24 @@ class Generation:
         grammar: Callable[[Profile], Grammar | None],
     ) -> list[Request]:
         """Off the event loop: disk, templates, tokenizers."""
+        services = self._services
         names, mixture = read_mixture(self._body)
-        self.profile = self._services.text.profile(self._lease(self._body.model))
+        self.profile = services.text.profile(self._lease(self._body.model))
         self._digests = [self._lease(name) for name in names]
         eos_ids = self.profile.eos_ids
         for name, digest in zip(names, self._digests, strict=True):
-            profile = self._services.text.profile(digest)
+            profile = services.text.profile(digest)
             eos_ids |= profile.eos_ids  # any model of a mixture may end the answer
             if not profile.shares_vocabulary(self.profile):
                 raise BadRequest(f"{self._body.model!r} and {name!r} have different vocabularies", param="mixture")
         self.prompts = prompts(self.profile)
         wanted = grammar(self.profile)
-        compiled = wanted and self._services.grammars.compile(wanted, self.profile.tokenizer)
+        compiled = wanted and services.grammars.compile(wanted, self.profile.tokenizer)
         now = time.monotonic()
         requests: list[Request] = []
         for ids in self.prompts:
             self._check_ids(ids)
-            sampling = params(self.profile, len(ids))
+            sampling = self._meter.bounded(params(self.profile, len(ids)), self._body.asked_tokens)
             for choice in range(self.n):
                 index = len(requests)
                 requests.append(
@@ -174,16 +188,24 @@ class Generation:
                         sink=Sink(self.profile, ids, sampling),
                         emit=self._emitter(index),
                         arrival_s=now,
+                        tenant=self._meter.caller.tenant.name,
                     )
                 )
         return requests
 
     def _lease(self, name: str) -> DeltaDigest | None:
-        """The digest behind a model's name, leased; None = the base. Raises ModelNotFound."""
+        """The digest behind a model's name, leased, the same for the whole request; None = the base. Raises
+        ModelNotFound."""
         if name == self._services.base_id:
             return None
-        self._leased.append(self._services.store.lease(name).digest)
-        return self._leased[-1]
+        if name not in self._named:
+            caller = self._meter.caller
+            model, version = self._services.store.lease(caller, name, self._body.user or self.id)
+            self._leased.append(version.digest)
+            self._named[name] = version.digest
+            if name == self._body.model:
+                self._billed_as = model.called_by(caller)
+        return self._named[name]
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if not ids:

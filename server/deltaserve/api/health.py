@@ -1,4 +1,4 @@
-"""GET /health, open to all; GET /version and /metrics, behind the key where there is one."""
+"""GET /health, open to all; GET /version, for every key; GET /metrics, for those that may see every tenant."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from deltaserve.api.deps import ServicesDep
 
 open_router = APIRouter()
 router = APIRouter()
+metrics_router = APIRouter()
 
 
 @open_router.get("/health")
@@ -23,6 +24,6 @@ async def version(services: ServicesDep) -> dict[str, Any]:
     return services.runtime
 
 
-@router.get("/metrics")
+@metrics_router.get("/metrics")
 def metrics(services: ServicesDep) -> Response:
     return Response(services.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -5,8 +5,6 @@ Plain ASGI: streams and disconnects pass.
 
 from __future__ import annotations
 
-import hashlib
-import secrets
 import time
 import uuid
 from typing import TYPE_CHECKING
@@ -16,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from deltaserve.api.errors import error_response, unexpected
 from deltaserve.errors import AuthenticationFailed, BadRequest
 from deltaserve.metrics import Metrics
+from deltaserve.tenants.keys import Keys
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -35,6 +34,7 @@ class Identify:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        scope.setdefault("state", {})["reply_headers"] = {}  # what handlers add, to errors too
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else uuid.uuid4().hex
         method = scope["method"] if scope["method"] in METHODS else "other"  # a label's values must be few
@@ -53,7 +53,9 @@ class Identify:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers.update(scope["state"]["reply_headers"])
                 handler = getattr(scope.get("route"), "path", "none")
                 self._metrics.http_requests.labels(handler, method, str(message["status"])).inc()
             await send(message)
@@ -69,25 +71,26 @@ class Identify:
             self._metrics.http_seconds.labels(handler, method).observe(time.monotonic() - began)
 
 
-class Authorise:
-    """A bearer key for every path but the open ones, before a byte of the body is read or a route is looked up.
+class Authenticate:
+    """Whose key it is, for every path but the open ones, before a byte of the body is read or a route is looked up.
 
-    Here and not on the routes, so that none can forget it. Compared as digests, in constant time.
+    Here and not on the routes, so that none can forget it. Leaves the caller in the request's state.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app = app
-        self._expected = hashlib.sha256(api_key.encode()).digest() if api_key is not None else None
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allows(Headers(scope=scope)):
-            refusal = AuthenticationFailed("a valid key is needed: Authorization: Bearer KEY")
-            return await error_response(refusal)(scope, receive, send)
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            try:
+                caller = self._keys.authenticate(_bearer(Headers(scope=scope)))
+            except AuthenticationFailed as refusal:
+                return await error_response(refusal)(scope, receive, send)
+            scope["state"]["caller"] = caller
         await self._app(scope, receive, send)
 
-    def _allows(self, headers: Headers) -> bool:
-        if self._expected is None:
-            return True
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(given.strip().encode()).digest()
-        return secrets.compare_digest(digest, self._expected) and scheme.lower() == "bearer"
+
+def _bearer(headers: Headers) -> str | None:
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else None

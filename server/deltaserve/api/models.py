@@ -1,4 +1,4 @@
-"""GET /v1/models, GET and DELETE /v1/models/{id}: the base and every delta by name."""
+"""GET /v1/models, GET and DELETE /v1/models/{id}: the base, the caller's own models, and those shared with it."""
 
 from __future__ import annotations
 
@@ -7,41 +7,56 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from deltaserve.api.deps import Services, ServicesDep
-from deltaserve.deltas.store import Record
+from deltaserve.api.deps import CallerDep, Services, ServicesDep
 from deltaserve.errors import NameConflict
+from deltaserve.tenants.accounts import Caller
+from deltaserve.tenants.models import Model
 
 router = APIRouter()
+changing = APIRouter()
 
 
-def _card(services: Services, record: Record | None) -> dict[str, Any]:
+def _base_card(services: Services) -> dict[str, Any]:
+    return _card(services, services.base_id, services.created, "deltaserve", None)
+
+
+def _model_card(services: Services, model: Model, caller: Caller) -> dict[str, Any]:
+    return _card(services, model.called_by(caller), model.active.created, model.owner, services.base_id)
+
+
+def _card(services: Services, name: str, created: int, owner: str, parent: str | None) -> dict[str, Any]:
     return {
-        "id": record.name if record else services.base_id,
+        "id": name,
         "object": "model",
-        "created": record.created if record else services.created,
-        "owned_by": "deltaserve",
-        "root": record.name if record else services.base_id,
-        "parent": services.base_id if record else None,
+        "created": created,
+        "owned_by": owner,
+        "root": name,
+        "parent": parent,
         "max_model_len": services.max_model_len,
     }
 
 
 @router.get("/v1/models")
-async def list_models(services: ServicesDep) -> dict[str, Any]:
-    records = await asyncio.to_thread(services.store.records)
-    return {"object": "list", "data": [_card(services, record) for record in (None, *records)]}
+async def list_models(services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
+    models = await asyncio.to_thread(services.store.models.visible, caller)
+    return {
+        "object": "list",
+        "data": [_base_card(services), *(_model_card(services, model, caller) for model in models)],
+    }
 
 
 @router.get("/v1/models/{model:path}")
-async def get_model(model: str, services: ServicesDep) -> dict[str, Any]:
+async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     if model == services.base_id:
-        return _card(services, None)
-    return _card(services, await asyncio.to_thread(services.store.get, model))
+        return _base_card(services)
+    found, _ = await asyncio.to_thread(services.store.models.find, caller, model)
+    return {**_model_card(services, found, caller), "id": model, "root": model}
 
 
-@router.delete("/v1/models/{model:path}")
-async def delete_model(model: str, services: ServicesDep) -> dict[str, Any]:
+@changing.delete("/v1/models/{model:path}")
+async def delete_model(model: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     if model == services.base_id:
         raise NameConflict(f"{model} is the base model and stays", param="model")
-    await asyncio.to_thread(services.store.delete, model)
+    await asyncio.to_thread(services.store.delete, caller, model)
+    await asyncio.to_thread(services.keep_pinned)
     return {"id": model, "object": "model", "deleted": True}

@@ -110,6 +110,12 @@ class Generation(Wire):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    def asked_tokens(self) -> int | None:
+        """The longest answer that the request names."""
+        longest: int | None = getattr(self, "max_completion_tokens", None)
+        return longest if longest is not None else getattr(self, "max_tokens", None)
+
+    @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 

@@ -26,6 +26,7 @@ COMMANDS = {  # module → what its register(subparsers) adds
     "comparison": ("evaluate", "compare"),
     "serving": ("serve", "demo"),
     "remote": ("push", "models", "complete", "delete"),
+    "accounts": ("tenant", "key", "usage", "audit"),
 }
 EXTRAS = {"rich": "cli", "matplotlib": "plot"}  # library → the extra it comes with; all others are the server's
 

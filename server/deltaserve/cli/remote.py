@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the commands; each parser's `run` default takes the parsed arguments and returns the exit status."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--url", default=_default_url(), help="the server (DELTASERVE_URL; now %(default)s)")
-    common.add_argument("--api-key", help="the server's key (default: DELTASERVE_API_KEY)")
+    common = connection_arguments()
 
     parser = subparsers.add_parser("push", parents=[common], help="upload a delta artifact")
     parser.add_argument("file", metavar="FILE", type=Path)
@@ -55,7 +53,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=delete)
 
 
-def _reports_errors(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
+def connection_arguments() -> argparse.ArgumentParser:
+    """A parent parser: which server, and the key for it."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--url", default=_default_url(), help="the server (DELTASERVE_URL; now %(default)s)")
+    common.add_argument("--api-key", help="the server's key (default: DELTASERVE_API_KEY)")
+    return common
+
+
+def reports_errors(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
     @functools.wraps(command)
     def run(args: argparse.Namespace) -> int:
         try:
@@ -72,14 +78,14 @@ def _reports_errors(command: Callable[[argparse.Namespace], None]) -> Callable[[
     return run
 
 
-@_reports_errors
+@reports_errors
 def push(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     name = args.name or args.file.stem
-    with _client(args) as client, Progress(*columns, console=Console(stderr=True)) as bar:
+    with client_of(args) as client, Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(name, total=None)
         delta = client.upload(
             name, args.file, progress=lambda sent, total: bar.update(task, completed=sent, total=total)
@@ -92,9 +98,9 @@ def push(args: argparse.Namespace) -> None:
     )
 
 
-@_reports_errors
+@reports_errors
 def models(args: argparse.Namespace) -> None:
-    with _client(args) as client:
+    with client_of(args) as client:
         served = client.models()
         deltas = {delta.id: delta for delta in client.deltas()}
     if args.json:
@@ -114,12 +120,12 @@ def models(args: argparse.Namespace) -> None:
     Console(markup=False, emoji=False, highlight=False).print(table)
 
 
-@_reports_errors
+@reports_errors
 def complete(args: argparse.Namespace) -> None:
     asked = {"max_tokens": args.max_tokens, "temperature": args.temperature}
     options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     messages = [{"role": "user", "content": args.prompt}]
-    with _client(args) as client:
+    with client_of(args) as client:
         if args.json or args.no_stream:
             reply = (
                 client.chat(args.model, messages, **options)
@@ -143,14 +149,14 @@ def complete(args: argparse.Namespace) -> None:
                 write("\n")  # an error's line starts at the left edge too
 
 
-@_reports_errors
+@reports_errors
 def delete(args: argparse.Namespace) -> None:
-    with _client(args) as client:
+    with client_of(args) as client:
         client.delete(args.name)
     write(f"deleted {args.name}\n")
 
 
-def _client(args: argparse.Namespace) -> Client:
+def client_of(args: argparse.Namespace) -> Client:
     return Client(args.url, args.api_key)
 
 

@@ -12,7 +12,7 @@ Round: TypeAlias = Callable[[Tensor, int], Tensor]  # values of column j, float3
 
 
 class Svd(NamedTuple):
-    """Δ = u · diag(sigma) · vt, float64: [rows, k], [k] descending, [k, cols]; k: the σ that are told from rounding, or 1."""
+    """Δ = u · diag(sigma) · vt, float64: [rows, k], [k] descending, [k, cols]; k: the σ above rounding, or 1."""
 
     u: Tensor
     sigma: Tensor

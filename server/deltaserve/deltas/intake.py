@@ -8,7 +8,7 @@ from typing import Any
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.companions import load_tokenizer
-from deltaserve.deltas.store import DeltaStore, Record, Upload
+from deltaserve.deltas.store import DeltaStore, Destination, Stored, Upload
 from deltaserve.deltas.validate import check_against_base, check_numbers
 
 Check = Callable[[Artifact], None]
@@ -23,15 +23,15 @@ class Intake:
         self._checks = checks
         self.max_bytes = max_bytes
 
-    def begin(self) -> Upload:
-        return self._store.begin_upload(self.max_bytes)
+    def begin(self, max_bytes: int) -> Upload:
+        return self._store.begin_upload(max_bytes)
 
-    def accept(self, name: str, upload: Upload, expected_sha256: str | None) -> tuple[Record, bool]:
-        """A whole upload → (its record, is the name new). Raises whatever is wrong with it; then nothing is kept."""
+    def accept(self, to: Destination, upload: Upload, expected_sha256: str | None) -> Stored:
+        """A whole upload becomes a version. Raises whatever is wrong with it; then nothing is kept."""
         digest = upload.finish(expected_sha256)
         artifact = Artifact.open(upload.path)
         self.check(artifact)
-        return self._store.commit(name, upload, digest, summary(artifact))
+        return self._store.commit(to, upload, digest, summary(artifact))
 
     def check(self, artifact: Artifact) -> None:
         check_against_base(artifact, self._base)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from deltaserve.deltas.artifact import Artifact
-from deltaserve.deltas.resident import ResidentDelta, Serve, for_torch
+from deltaserve.deltas.resident import Load, ResidentDelta
 from deltaserve.errors import BadRequest, DeltaLoadFailed
 from deltaserve.ids import DeltaDigest, Slot
 
@@ -45,7 +45,7 @@ class Residency:
         device: torch.device,
         limits: Limits,
         *,
-        serve: Serve = for_torch,
+        load: Load = ResidentDelta.load,
         on_ready: Callable[[], None],
         on_loaded: Callable[[float], None] = lambda seconds: None,
     ) -> None:
@@ -53,7 +53,7 @@ class Residency:
         self._path_of = path_of
         self._device = device
         self._limits = limits
-        self._serve = serve
+        self._load_artifact = load
         self._on_ready = on_ready
         self._on_loaded = on_loaded
         self._lock = threading.RLock()
@@ -61,6 +61,7 @@ class Residency:
         self._host_tier: OrderedDict[DeltaDigest, ResidentDelta] = OrderedDict()
         self._pins = [0] * limits.device_deltas
         self._loading: set[DeltaDigest] = set()
+        self._kept: set[DeltaDigest] = set()  # evicted last
         self._sizes: dict[DeltaDigest, int] = {}  # bytes of what was loaded once
         self._failures: dict[DeltaDigest, DeltaLoadFailed] = {}  # not told yet
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="delta-loader")
@@ -76,10 +77,35 @@ class Residency:
                 return slot
             if (failure := self._failures.pop(digest, None)) is not None:
                 raise failure
-            if digest not in self._loading and self._can_make_room(self._sizes.get(digest, 0)):
-                self._loading.add(digest)
-                self._loader.submit(self._load, digest)
+            self._begin_load(digest)
             return None
+
+    def prewarm(self, digest: DeltaDigest) -> None:
+        """Loads it, if it is not here and there is room beside what is in use. Returns at once."""
+        with self._lock:
+            if digest not in self._device_tier:
+                self._begin_load(digest)
+
+    def keep(self, digest: DeltaDigest) -> None:
+        """Loads it now and evicts it last, until `let_go`: only where all others are in use. Raises
+        BadRequest if no slot were left for all others."""
+        with self._lock:
+            if digest not in self._kept and len(self._kept) + 1 >= len(self.slots):
+                raise BadRequest(
+                    f"{len(self._kept)} deltas are kept on the device, and one of its slots must stay free"
+                )
+            self._kept.add(digest)
+            self.prewarm(digest)
+
+    def let_go(self, digest: DeltaDigest) -> None:
+        """Takes `keep` back. Harmless for what is not kept."""
+        with self._lock:
+            self._kept.discard(digest)
+
+    def _begin_load(self, digest: DeltaDigest) -> None:
+        if digest not in self._loading and self._can_make_room(self._sizes.get(digest, 0)):
+            self._loading.add(digest)
+            self._loader.submit(self._load, digest)
 
     def unpin(self, slot: Slot) -> None:
         with self._lock:
@@ -132,6 +158,7 @@ class Residency:
                 self._host_tier.pop(digest, None)
                 self._sizes.pop(digest, None)
                 self._failures.pop(digest, None)
+                self._kept.discard(digest)
                 slot = self._device_tier.get(digest)
                 if slot is not None and not self._pins[slot]:
                     self._evict(digest)
@@ -182,12 +209,13 @@ class Residency:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest:
             raise DeltaLoadFailed(f"the stored delta {digest[:12]} is damaged: its bytes have the digest {found[:12]}")
-        return ResidentDelta.load(Artifact.open(path), self._serve)
+        return self._load_artifact(Artifact.open(path))
 
     def _try_free_slot(self, num_bytes: int) -> Slot | None:
         """An empty slot, after evicting what must go for the count and the bytes; None, and nothing evicted, if that
         would take a pinned delta."""
         occupied = [(digest, slot) for digest, slot in self._device_tier.items() if not self._pins[slot]]
+        occupied.sort(key=lambda place: place[0] in self._kept)  # stable: least recently used first within both
         victims: list[DeltaDigest] = []
         limit = self._limits.device_bytes
         count, held = len(self._device_tier), self._device_bytes()

@@ -10,11 +10,14 @@ import torch
 
 from deltaserve.deltas.artifact import Artifact, Override
 from deltaserve.deltas.base_factors import BaseFactors
+from deltaserve_kernels.fused.bundle import Bundle
+from deltaserve_kernels.fused.parts import FusedTerm
 from deltaserve_kernels.native.parts import Part
 from deltaserve_kernels.terms import Term
 
-ServedTerm: TypeAlias = Term | Part  # packed for torch, or for the native kernels
+ServedTerm: TypeAlias = Term | Part | FusedTerm  # for torch, for the native kernels, for Triton's
 Serve: TypeAlias = Callable[[Term], ServedTerm]
+Load: TypeAlias = Callable[[Artifact], "ResidentDelta"]
 
 
 def for_torch(term: Term) -> ServedTerm:
@@ -31,8 +34,8 @@ class ResidentLayer:
     factors: BaseFactors = BaseFactors()
 
     def to(self, device: torch.device | str) -> ResidentLayer:
-        """Parts stay: they are read on the host alone."""
-        terms = tuple(term if isinstance(term, Part) else term.to(device) for term in self.terms)
+        """Parts stay: they are read on the host alone, or lie in the delta's bundle."""
+        terms = tuple(term if isinstance(term, Part | FusedTerm) else term.to(device) for term in self.terms)
         return replace(self, terms=terms, factors=self.factors.to(device))
 
     @property
@@ -42,12 +45,13 @@ class ResidentLayer:
 
 @dataclass(frozen=True, eq=False)
 class ResidentDelta:
-    """Layers by the name of the weight they add to, overrides by the name of the tensor they replace. Immutable, and
-    equal to itself alone."""
+    """Layers by the name of the weight they add to, overrides by the name of the tensor they replace; in `bundle` what
+    the fused kernels read, which is then in no layer. Immutable, and equal to itself alone."""
 
     layers: Mapping[str, ResidentLayer]
     overrides: Mapping[str, Override]
     unties_head: bool = False  # the fine-tune has a head of its own where the base shares the embedding
+    bundle: Bundle | None = None
 
     @classmethod
     def load(cls, artifact: Artifact, serve: Serve = for_torch) -> ResidentDelta:
@@ -73,10 +77,11 @@ class ResidentDelta:
             {name: layer.to(device) for name, layer in self.layers.items()},
             {name: override.to(device) for name, override in self.overrides.items()},
             self.unties_head,
+            None if self.bundle is None else self.bundle.to(device),
         )
 
     @property
     def nbytes(self) -> int:
         """Summed from the real tensors."""
-        layers = sum(layer.nbytes for layer in self.layers.values())
+        layers = sum(layer.nbytes for layer in self.layers.values()) + (self.bundle.nbytes if self.bundle else 0)
         return layers + sum(override.nbytes for override in self.overrides.values())

@@ -1,70 +1,58 @@
-"""Uploaded deltas on disk: immutable objects named by their digest, and a registry that names point into.
+"""Uploaded deltas on disk: immutable objects named by their digest; the registry's names point to them.
 
     ROOT/objects/ab/abcd….safetensors     content-addressed, written once
     ROOT/incoming/                        uploads under way; emptied at start
-    ROOT/lock                             held by the one process that works on the store
-    ROOT/registry.sqlite                  (name, version) → digest; the highest version of a name is served
+    ROOT/registry.sqlite, ROOT/lock       `tenants.registry`
 
 An upload is acknowledged after its bytes and its registry row are synced to disk. A crash at any point leaves the old
 state or the new one: what lies in incoming, or in objects without a row, is removed at the next start. An object goes
-when no name points to it and no request leases it.
+when no version names it and no request leases it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
-import json
 import os
-import re
 import shutil
-import sqlite3
 import tempfile
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deltaserve.deltas.tensorfile import sync_directory
-from deltaserve.errors import ArtifactTooLarge, DigestMismatch, InvalidName, ModelNotFound, StorageFull, StoreInUse
+from deltaserve.errors import ArtifactTooLarge, DigestMismatch
 from deltaserve.ids import DeltaDigest
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS deltas (
-    name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, created INTEGER NOT NULL, summary TEXT NOT NULL,
-    PRIMARY KEY (name, version)
-) STRICT
-"""
+from deltaserve.tenants.accounts import Caller, Tenant
+from deltaserve.tenants.models import ALWAYS, Change, Condition, Model, Models, Version, check_name
+from deltaserve.tenants.registry import Registry, disk_full_is_an_answer
 
 
 @dataclass(frozen=True)
-class Record:
-    """One version of a name. `summary`: what the listing shows (codec, sizes, base)."""
+class Destination:
+    """Where an upload goes: a name of `owner`'s, in the log as done by `by`. Unless it `activates`, a name that was
+    there points where it pointed."""
 
+    owner: Tenant
     name: str
-    version: int
-    digest: DeltaDigest
-    created: int
-    summary: dict[str, Any]
+    by: str
+    activates: bool = True
+    condition: Condition = ALWAYS
+
+    def __str__(self) -> str:
+        return f"{self.owner.name}:{self.name}"
 
 
-@contextmanager
-def _disk_full_is_an_answer() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StorageFull("the store has no room for this upload; nothing of it was kept") from None
-        raise
-    except sqlite3.OperationalError as error:
-        raise StorageFull(f"the registry cannot be written: {error}") from None
+@dataclass(frozen=True)
+class Stored:
+    """What came of an upload."""
+
+    model: Model
+    version: Version
+    is_new_name: bool
 
 
 class Upload:
@@ -74,7 +62,7 @@ class Upload:
         self._max_bytes = max_bytes
         self._digest = hashlib.sha256()
         self.num_bytes = 0
-        with _disk_full_is_an_answer():
+        with disk_full_is_an_answer():
             descriptor, path = tempfile.mkstemp(dir=directory)
         self.path = Path(path)
         self._file = os.fdopen(descriptor, "wb")
@@ -85,7 +73,7 @@ class Upload:
         if self.num_bytes > self._max_bytes:
             raise ArtifactTooLarge(f"the upload is over {self._max_bytes} bytes, the most that is accepted")
         self._digest.update(data)
-        with _disk_full_is_an_answer():
+        with disk_full_is_an_answer():
             self._file.write(data)
 
     def finish(self, expected_sha256: str | None) -> DeltaDigest:
@@ -95,7 +83,7 @@ class Upload:
             raise DigestMismatch(
                 f"sha256 of the {self.num_bytes} bytes received is {digest}, not {expected_sha256}", param="sha256"
             )
-        with _disk_full_is_an_answer():
+        with disk_full_is_an_answer():
             self._file.flush()
             os.fsync(self._file.fileno())
         return DeltaDigest(digest)
@@ -107,78 +95,86 @@ class Upload:
 
 
 class DeltaStore:
-    """Thread-safe."""
+    """Thread-safe. `keep_versions`: how many of a model stay, beside those that its name points to."""
 
-    def __init__(self, root: Path, *, on_removed: Callable[[DeltaDigest], None] = lambda digest: None) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        keep_versions: int = 1,
+        on_removed: Callable[[DeltaDigest], None] = lambda digest: None,
+    ) -> None:
+        self.models = Models(registry)
+        self._registry = registry
+        self._keep_versions = keep_versions
         self._on_removed = on_removed
-        root.mkdir(parents=True, exist_ok=True)
-        self._guard = (root / "lock").open("w")
-        try:
-            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process ends
-        except BlockingIOError:
-            self._guard.close()
-            raise StoreInUse(f"{root}: another server works on this store; each needs one of its own") from None
-        self._objects, self._incoming = root / "objects", root / "incoming"
+        self._objects, self._incoming = registry.root / "objects", registry.root / "incoming"
         shutil.rmtree(self._incoming, ignore_errors=True)
         for directory in (self._objects, self._incoming):
             directory.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
         self._leases: Counter[DeltaDigest] = Counter()
-        self._registry = sqlite3.connect(root / "registry.sqlite", check_same_thread=False, isolation_level=None)
-        self._registry.execute("PRAGMA journal_mode = WAL")
-        self._registry.execute("PRAGMA synchronous = FULL")
-        self._registry.execute(SCHEMA)
         for path in self._objects.glob("*/*.safetensors"):
             self._remove_if_unused(DeltaDigest(path.stem))
 
     def begin_upload(self, max_bytes: int) -> Upload:
         return Upload(self._incoming, max_bytes)
 
-    def commit(self, name: str, upload: Upload, digest: DeltaDigest, summary: dict[str, Any]) -> tuple[Record, bool]:
-        """A finished upload becomes the newest version of `name`; (record, is the name new). The same bytes as the
-        newest version change nothing. Raises InvalidName, StorageFull."""
-        check_name(name)
-        with self._lock, _disk_full_is_an_answer():
-            newest = self._newest(name)
-            path = self.path(digest)
-            if newest is not None and newest.digest == digest:
-                os.replace(upload.path, path)  # these bytes were just checked; the stored ones may have been damaged
-                sync_directory(path.parent)
-                return newest, False
-            record = Record(name, newest.version + 1 if newest else 1, digest, int(time.time()), summary)
+    def commit(self, to: Destination, upload: Upload, digest: DeltaDigest, summary: dict[str, Any]) -> Stored:
+        """A finished upload becomes a version, and the name points to it. Bytes that the model has already are the
+        version they were. Raises InvalidName, StorageFull."""
+        check_name(to.name)
+        with self._lock, disk_full_is_an_answer():
+            before = self.models.own(to.owner.id, to.name)
             try:
-                path.parent.mkdir(exist_ok=True)
-                sync_directory(self._objects)
-                os.replace(upload.path, path)
-                sync_directory(path.parent)
-                with self._registry:  # the new version comes and the old one goes, or neither
-                    self._registry.execute("BEGIN")
-                    replaced = self._forget(name)
-                    self._registry.execute(
-                        "INSERT INTO deltas VALUES (?, ?, ?, ?, ?)",
-                        (name, record.version, digest, record.created, json.dumps(summary)),
-                    )
-            except (OSError, sqlite3.OperationalError):
+                self._place(upload, digest)
+                with self._registry.write():  # the new version comes and an old one goes, or neither
+                    stored, replaced = self._record(to, before, upload.num_bytes, digest, summary)
+            except BaseException:
                 self._remove_if_unused(digest)
                 raise
             for old in replaced:
                 self._remove_if_unused(old)
-            return record, newest is None
+            return stored
 
-    def get(self, name: str) -> Record:
-        """The newest version. Raises ModelNotFound."""
-        with self._lock:
-            record = self._newest(name)
-        if record is None:
-            raise ModelNotFound(f"The model `{name}` does not exist.", param="model")
-        return record
+    def _place(self, upload: Upload, digest: DeltaDigest) -> None:
+        """The bytes, under their digest. They were just checked; those that lie there may have been damaged."""
+        path = self.path(digest)
+        path.parent.mkdir(exist_ok=True)
+        sync_directory(self._objects)
+        os.replace(upload.path, path)
+        sync_directory(path.parent)
 
-    def lease(self, name: str) -> Record:
-        """`get`, and the object stays on disk until `release`."""
+    def _record(
+        self, to: Destination, before: Model | None, num_bytes: int, digest: DeltaDigest, summary: dict[str, Any]
+    ) -> tuple[Stored, list[DeltaDigest]]:
+        to.condition.check(before)
+        known = self.models.versions(before) if before else []
+        version = next((known for known in known if known.digest == digest), None)
+        is_new = version is None
+        if version is None:
+            version = self.models.add(to.owner.id, to.name, digest, num_bytes, summary)
+            self._registry.audit(to.by, "model.upload", f"{to}@{version.number}", digest, bytes=num_bytes)
+        model = self.models.own(to.owner.id, to.name)
+        assert model is not None
+        if to.activates and model.active.number != version.number:
+            if not is_new:
+                self._registry.audit(to.by, "model.change", str(to), digest, version=version.number)
+            self.models.point(model, version.number)
+            model = self.models.again(model)
+        pruned = self.models.prune(model, self._keep_versions)
+        if is_new:
+            self.models.check_quota(to.owner)
+        return Stored(model, version, before is None), pruned
+
+    def lease(self, caller: Caller, called: str, draw: str = "") -> tuple[Model, Version]:
+        """The version that answers a request for the model `called`; its object stays on disk until `release`. `draw`
+        decides between the name's version and its canary. Raises ModelNotFound."""
         with self._lock:
-            record = self.get(name)
-            self._leases[record.digest] += 1
-            return record
+            model, version = self.models.find(caller, called)
+            version = version or self.models.chosen(model, draw)
+            self._leases[version.digest] += 1
+            return model, version
 
     def release(self, digest: DeltaDigest) -> None:
         with self._lock:
@@ -187,56 +183,57 @@ class DeltaStore:
                 del self._leases[digest]
                 self._remove_if_unused(digest)
 
-    def records(self) -> list[Record]:
-        """The newest version of every name, by name."""
-        with self._lock:
-            rows = self._registry.execute(
-                "SELECT name, MAX(version), digest, created, summary FROM deltas GROUP BY name ORDER BY name"
-            ).fetchall()
-        return [_record(row) for row in rows]
+    def change(self, caller: Caller, called: str, change: Change, condition: Condition = ALWAYS) -> Model:
+        """Raises ModelNotFound, PermissionDenied, PreconditionFailed, StorageFull."""
+        with self._lock, self._registry.write():
+            before, _ = self.models.owned(caller, called)
+            condition.check(before)
+            after = self.models.change(before, change)
+            told: dict[str, Any] = {}
+            if change.version is not None:
+                told["version"] = change.version
+            if change.canary is not None:
+                told["canary"] = vars(change.canary)
+            if change.pinned is not None:
+                told["pinned"] = change.pinned
+            if change.shared_with is not None:
+                told["shared_with"] = list(after.shared_with)
+            target = f"{after.owner}:{after.name}"
+            self._registry.audit(str(caller), "model.change", target, after.active.digest, **told)
+            return after
 
-    def delete(self, name: str) -> None:
-        """Forgets every version of `name`. Raises ModelNotFound, StorageFull."""
-        with self._lock, _disk_full_is_an_answer():
-            self.get(name)
-            for digest in self._forget(name):
-                self._remove_if_unused(digest)
+    def delete(self, caller: Caller, called: str, condition: Condition = ALWAYS) -> None:
+        """Forgets every version of a model, or the one that is named; running requests finish on theirs. Raises
+        ModelNotFound, PermissionDenied, PreconditionFailed, VersionInUse, StorageFull."""
+        with self._lock:
+            model, version = self.models.owned(caller, called)
+            condition.check(model)
+            if version is None:
+                return self._forget([model], str(caller))
+            with self._registry.write():
+                self.models.drop(model, version)
+                target = f"{model.owner}:{model.name}@{version.number}"
+                self._registry.audit(str(caller), "version.delete", target, version.digest)
+            self._remove_if_unused(version.digest)
+
+    def delete_all(self, tenant: Tenant, by: str) -> None:
+        """`delete` of every model of a tenant, or of none."""
+        with self._lock:
+            self._forget(self.models.of(tenant.id), by)
+
+    def _forget(self, models: Sequence[Model], by: str) -> None:
+        gone: list[DeltaDigest] = []
+        with self._registry.write():
+            for model in models:
+                gone += self.models.forget(model)
+                self._registry.audit(by, "model.delete", f"{model.owner}:{model.name}", model.active.digest)
+        for digest in gone:
+            self._remove_if_unused(digest)
 
     def path(self, digest: DeltaDigest) -> Path:
         return self._objects / digest[:2] / f"{digest}.safetensors"
 
-    def close(self) -> None:
-        self._registry.close()
-        self._guard.close()
-
-    def _newest(self, name: str) -> Record | None:
-        row = self._registry.execute(
-            "SELECT name, version, digest, created, summary FROM deltas WHERE name = ? ORDER BY version DESC LIMIT 1",
-            (name,),
-        ).fetchone()
-        return _record(row) if row else None
-
-    def _forget(self, name: str) -> list[DeltaDigest]:
-        """Removes the rows of `name`; → what they pointed to."""
-        rows = self._registry.execute("SELECT digest FROM deltas WHERE name = ?", (name,)).fetchall()
-        self._registry.execute("DELETE FROM deltas WHERE name = ?", (name,))
-        return [DeltaDigest(digest) for (digest,) in rows]
-
     def _remove_if_unused(self, digest: DeltaDigest) -> None:
-        named = self._registry.execute("SELECT 1 FROM deltas WHERE digest = ? LIMIT 1", (digest,)).fetchone()
-        if not named and not self._leases[digest]:
+        if not self.models.is_named(digest) and not self._leases[digest]:
             self.path(digest).unlink(missing_ok=True)
             self._on_removed(digest)
-
-
-def check_name(name: str) -> None:
-    """Raises InvalidName."""
-    if not NAME.fullmatch(name):
-        raise InvalidName(
-            f"{name[:200]!r} is no name: 1 to 128 of A–Z a–z 0–9 . _ - starting with a letter or digit", param="name"
-        )
-
-
-def _record(row: tuple[str, int, str, int, str]) -> Record:
-    name, version, digest, created, summary = row
-    return Record(name, version, DeltaDigest(digest), created, json.loads(summary))

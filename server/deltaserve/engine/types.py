@@ -128,6 +128,7 @@ class Request(Row):
     sink: TextSink
     emit: Callable[[Event], None]
     arrival_s: float = 0.0
+    tenant: str = ""  # opaque: whose it is, "" = nobody in particular
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
     guide: Guide | None = None

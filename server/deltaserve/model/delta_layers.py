@@ -20,6 +20,7 @@ from deltaserve.deltas.artifact import Override
 from deltaserve.deltas.resident import ResidentDelta, ResidentLayer
 from deltaserve.model.step import Step, StepContext
 from deltaserve_kernels.apply import apply_term
+from deltaserve_kernels.fused.parts import FusedTerm
 from deltaserve_kernels.native.library import load
 from deltaserve_kernels.native.parts import Part
 from deltaserve_kernels.native.site import apply_part
@@ -53,6 +54,7 @@ def add_layer(x: Tensor, y: Tensor, layer: ResidentLayer, bias: Tensor | None) -
         if isinstance(term, Part):
             y += apply_part(load(), x, term, layer.gamma)
             continue
+        assert not isinstance(term, FusedTerm), "it lies in the delta's bundle"
         added = apply_term(x, term)
         y += added if layer.gamma == 1 else layer.gamma * added
 
@@ -60,10 +62,11 @@ def add_layer(x: Tensor, y: Tensor, layer: ResidentLayer, bias: Tensor | None) -
 class DeltaLinear(nn.Module):
     """y = x·Wᵀ + b, and the terms of each run's delta. `name` is the module's, weight and bias its tensors'."""
 
-    def __init__(self, base: nn.Linear, name: str, context: StepContext) -> None:
+    def __init__(self, base: nn.Linear, name: str, site: int, context: StepContext) -> None:
         super().__init__()
         self.weight = base.weight
         self.bias = base.bias
+        self._site = site
         self.in_features, self.out_features = base.in_features, base.out_features
         self._weight_name, self._bias_name = f"{name}.weight", f"{name}.bias"
         self._context = [context]  # in a list: the context is no sub-module
@@ -74,6 +77,8 @@ class DeltaLinear(nn.Module):
         y = F.linear(base_input(x, self._weight_name, step, step.segments.runs), self.weight, self.bias)
         rows, out = x.flatten(0, -2), y.flatten(0, -2)  # views
         assert len(rows) == step.num_rows, f"{self._weight_name}: {len(rows)} rows in a step of {step.num_rows}"
+        if (fused := self._context[0].fused) is not None:
+            fused.add(self._site, x, out, self.bias)
         for run in step.segments.runs:
             self._add(rows[run.start : run.stop], out[run.start : run.stop], step.delta(run))
         return y
@@ -119,10 +124,13 @@ def replace_embeddings(ids: Tensor, out: Tensor, override: Override | None) -> N
 class DeltaHead(nn.Module):
     """Logits of the rows that are asked for: the base's head, terms on it, and the tenant's own or added rows."""
 
-    def __init__(self, base: nn.Linear, name: str, embedding_name: str, tied: bool, context: StepContext) -> None:
+    def __init__(
+        self, base: nn.Linear, name: str, site: int, embedding_name: str, tied: bool, context: StepContext
+    ) -> None:
         super().__init__()
         self.weight = base.weight
         self.bias = base.bias
+        self._site = site
         self._weight_name, self._bias_name = f"{name}.weight", f"{name}.bias"
         self._embedding_name = f"{embedding_name}.weight"
         self._tied = tied
@@ -136,10 +144,14 @@ class DeltaHead(nn.Module):
         overrides = [delta.overrides.get(self._override_name(delta)) for _, delta in runs]
         if (widest := widest_vocabulary(y.shape[1], overrides)) > y.shape[1]:
             y = F.pad(y, (0, widest - y.shape[1]), value=-torch.inf)
-        for (run, delta), override in zip(runs, overrides, strict=True):
+        for (run, _), override in zip(runs, overrides, strict=True):
             own, out = x[run.start : run.stop], y[run.start : run.stop]
             if override is not None:
                 override_logits(own, out, override, self.bias)
+        if (fused := self._context[0].fused_head) is not None:
+            fused.add(self._site, x, y, self.bias, rows=len(self.weight))
+        for run, delta in runs:
+            own, out = x[run.start : run.stop], y[run.start : run.stop]
             if (layer := delta.layers.get(self._weight_name)) is not None:
                 add_layer(own, out[:, : len(self.weight)], layer, self.bias)
         return y

@@ -5,23 +5,29 @@ from __future__ import annotations
 import itertools
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
+from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import LM_HEAD, Checkpoint
-from deltaserve.deltas.resident import ServedTerm
+from deltaserve.deltas.resident import ResidentDelta, ServedTerm
 from deltaserve.errors import CheckpointError
 from deltaserve.model.attention import NAME, KvCache, make_attention
 from deltaserve.model.delta_layers import DeltaEmbedding, DeltaHead, DeltaLinear, DeltaModule
-from deltaserve.model.kernels import native_library, served_form, stored_dtype
+from deltaserve.model.fused_delta import bundled
+from deltaserve.model.kernels import fused_kernels, fused_step, native_library, served_form, stored_dtype
 from deltaserve.model.native import NativeModel, native_fits
 from deltaserve.model.served import ServedModel
 from deltaserve.model.shape import check_exact
 from deltaserve.model.step import Step, StepContext
 from deltaserve_kernels.native.library import Library
 from deltaserve_kernels.terms import Term
+
+if TYPE_CHECKING:
+    from deltaserve_kernels.fused.site import FusedKernels
 
 logger = logging.getLogger(__name__)
 _serial = itertools.count()
@@ -35,10 +41,13 @@ class TransformersModel(ServedModel):
     head: DeltaHead
     context: StepContext
     library: Library | None  # native kernels for terms
+    fused: FusedKernels | None  # Triton's
+    sites: tuple[tuple[str, int], ...]  # weights that take terms, and their rows
 
     @property
     def runtime(self) -> dict[str, str]:
-        return {"decoder": "transformers", "kernels": self.library.instruction_set if self.library else "torch"}
+        kernels = "triton" if self.fused else self.library.instruction_set if self.library else "torch"
+        return {"decoder": "transformers", "kernels": kernels}
 
     @property
     def num_paged_layers(self) -> int:
@@ -47,16 +56,28 @@ class TransformersModel(ServedModel):
     @torch.inference_mode()
     def forward(self, step: Step, ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
         self.context.step = step
+        if self.fused is not None:
+            self.context.fused = fused_step(self.fused, step, step.segments)
+            self.context.fused_head = fused_step(self.fused, step, step.head_segments)
         try:
             output = self.decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
             hidden: Tensor = output.last_hidden_state[0]
             logits: Tensor = self.head(hidden[logit_rows]).float()
             return logits
         finally:
-            self.context.step = None
+            self.context.step = self.context.fused = self.context.fused_head = None
 
     def serve(self, term: Term) -> ServedTerm:
-        return served_form(term, self.library)
+        return served_form(term, self.library, self.fused)
+
+    def load_delta(self, artifact: Artifact) -> ResidentDelta:
+        delta = super().load_delta(artifact)
+        if self.fused is None:
+            return delta
+        made = bundled(delta, self.sites, self.fused.numbers)
+        assert made.bundle is not None
+        self.fused.warm_up(made.bundle, self.dtype)
+        return made
 
 
 def load_model(
@@ -68,17 +89,22 @@ def load_model(
     block_size: int = 1,
     kernels: str = "auto",
 ) -> ServedModel:
-    """`kernels`: auto, torch, or a native instruction set. Raises CheckpointError for what is no decoder-only model
-    that can be served exactly, BadRequest for kernels that cannot be had."""
+    """`kernels`: auto, torch, triton, or a native instruction set. Raises CheckpointError for what is no decoder-only
+    model that can be served exactly, BadRequest for kernels that cannot be had."""
     dtype = dtype or stored_dtype(checkpoint)
     library = native_library(kernels, device, dtype)
     if library is not None and native_fits(checkpoint, block_size):
         return NativeModel.load(checkpoint, library, kv_slots)
-    return _load_transformers(checkpoint, device, dtype, kv_slots, library)
+    return _load_transformers(checkpoint, device, dtype, kv_slots, library, fused_kernels(kernels, device))
 
 
 def _load_transformers(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, kv_slots: int, library: Library | None
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_slots: int,
+    library: Library | None,
+    fused: FusedKernels | None,
 ) -> TransformersModel:
     context = StepContext(KvCache(kv_slots))
     attention = f"{NAME}_{next(_serial)}"  # transformers' table of them is global, the cache is this model's
@@ -93,7 +119,7 @@ def _load_transformers(
     config = model.config.get_text_config()
     check_exact(checkpoint.name, config)
     tied = bool(config.tie_word_embeddings)
-    linear, other = _replace_layers(model, context, tied)
+    sites, other = _replace_layers(model, context, tied)
     head = next(module for module in model.modules() if isinstance(module, DeltaHead))
     if tied:
         other = other | {LM_HEAD}
@@ -107,19 +133,22 @@ def _load_transformers(
         max_positions=int(getattr(config, "max_position_embeddings", 2048)),
         num_layers=int(config.num_hidden_layers),
         kv_slots=kv_slots,
-        linear=frozenset(linear),
+        linear=frozenset(sites),
         other=frozenset(other),
         library=library,
+        fused=fused,
+        sites=tuple(sites.items()),
     )
 
 
-def _replace_layers(model: PreTrainedModel, context: StepContext, tied: bool) -> tuple[set[str], set[str]]:
-    """Puts delta-aware layers in place; → names that take terms, names that take overrides."""
+def _replace_layers(model: PreTrainedModel, context: StepContext, tied: bool) -> tuple[dict[str, int], set[str]]:
+    """Puts delta-aware layers in place; → rows of the weights that take terms, in the order of their site numbers, and
+    names that take overrides."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(head, nn.Linear):
         raise CheckpointError(f"{type(model).__name__}: its head is no linear layer")
     embedding_name = next(name for name, module in model.named_modules() if module is embedding)
-    linear: set[str] = set()
+    sites: dict[str, int] = {}
     other: set[str] = set()
     for name, module in list(model.named_modules()):
         own = {f"{name}.{local}" for local, _ in module.named_parameters(recurse=False)}
@@ -127,12 +156,12 @@ def _replace_layers(model: PreTrainedModel, context: StepContext, tied: bool) ->
             continue
         replacement: nn.Module | None
         if module is head:
-            replacement = DeltaHead(head, name, embedding_name, tied, context)
-            linear.add(f"{name}.weight")
+            replacement = DeltaHead(head, name, len(sites), embedding_name, tied, context)
+            sites[f"{name}.weight"] = head.out_features
             other.add(f"{name}.weight")
         elif type(module) is nn.Linear:
-            replacement = DeltaLinear(module, name, context)
-            linear.add(f"{name}.weight")
+            replacement = DeltaLinear(module, name, len(sites), context)
+            sites[f"{name}.weight"] = module.out_features
             other.add(f"{name}.bias")
         elif type(module) is nn.Embedding:
             replacement = DeltaEmbedding(module, name, context)
@@ -146,4 +175,4 @@ def _replace_layers(model: PreTrainedModel, context: StepContext, tied: bool) ->
             continue
         parent, _, local = name.rpartition(".")
         setattr(model.get_submodule(parent), local, replacement)
-    return linear, other
+    return sites, other

@@ -13,6 +13,7 @@ from torch import Tensor
 from deltaserve.deltas.artifact import Override
 from deltaserve.deltas.resident import ResidentDelta, ResidentLayer
 from deltaserve_kernels.apply import apply_term
+from deltaserve_kernels.fused.parts import FusedTerm
 from deltaserve_kernels.native.library import Library
 from deltaserve_kernels.native.parts import Part, base_scale, vector
 from deltaserve_kernels.native.site import PackedSite, PartList
@@ -82,7 +83,7 @@ class NativeDelta:
             if layer.base_shift or layer.factors.rows is not None:
                 parts.append((base_scale(linear.rows, 1 + layer.base_shift, layer.factors.rows), linear.first, 1.0))
             parts += [(term, linear.first, layer.gamma) for term in layer.terms if isinstance(term, Part)]
-            others = tuple(term for term in layer.terms if not isinstance(term, Part))
+            others = tuple(term for term in layer.terms if not isinstance(term, Part | FusedTerm))
             if others or layer.factors.cols is not None:
                 self.slow.setdefault(site, []).append(Slow(linear, layer, others))
         if (override := delta.overrides.get(linear.bias)) is not None:

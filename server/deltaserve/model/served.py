@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.deltas.artifact import Artifact, term_shape
-from deltaserve.deltas.resident import ServedTerm
+from deltaserve.deltas.resident import ResidentDelta, ServedTerm
 from deltaserve.errors import ArtifactMismatch
 from deltaserve.model.step import Step
 from deltaserve_kernels.terms import Term
@@ -45,6 +45,10 @@ class ServedModel(ABC):
     @abstractmethod
     def serve(self, term: Term) -> ServedTerm:
         """The form in which this model reads a term; made once, at load."""
+
+    def load_delta(self, artifact: Artifact) -> ResidentDelta:
+        """A validated artifact as this model serves it, on the host."""
+        return ResidentDelta.load(artifact, self.serve)
 
     def check_servable(self, artifact: Artifact) -> None:
         """Raises ArtifactMismatch listing what this model cannot apply."""

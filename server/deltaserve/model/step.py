@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
 from deltaserve.deltas.resident import ResidentDelta
 from deltaserve.model.attention import AttentionBatch, KvCache, Span
 from deltaserve_kernels.segments import Segment, Segments
+
+if TYPE_CHECKING:
+    from deltaserve_kernels.fused.site import FusedStep
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class StepContext:
 
     cache: KvCache
     step: Step | None = field(default=None)
+    fused: FusedStep | None = field(default=None)  # what Triton's kernels read of the step's rows
+    fused_head: FusedStep | None = field(default=None)  # … of the rows whose logits are asked for
 
     @property
     def current(self) -> Step:

@@ -15,8 +15,8 @@ from deltaserve_kernels.terms import Coded, LowRank, Patches, Rotated, Term
 
 from ...codecs.test_contract import CASES, SITE, matrix
 from ...support.kinds import kinds
+from ..forms import activations
 from ..tolerances import NATIVE_RELATIVE_RMS, RELATIVE_RMS, relative_rms
-from .forms import activations
 
 FLOATS, SMALL = "16-bit values under a mask", "patches of 8 × 8, half a tile"
 LEFT_TO_TORCH = {

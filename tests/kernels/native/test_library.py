@@ -15,7 +15,7 @@ from deltaserve_kernels.native.library import NEEDS, Library, NativeUnavailable,
 from deltaserve_kernels.native.parts import Part, part_of
 from deltaserve_kernels.native.site import apply_part
 
-from .forms import activations, forms
+from ..forms import activations, forms
 
 
 def part(name: str) -> Part:

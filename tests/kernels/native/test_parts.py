@@ -12,8 +12,8 @@ from deltaserve_kernels.native.parts import Part, part_of
 from deltaserve_kernels.native.site import apply_part
 from deltaserve_kernels.terms import Book, Coded, Rotated, Rotation, SeededMask, Term
 
+from ..forms import PRECISION, Maker, activations, forms, integers, whole_forms
 from ..tolerances import NATIVE_RELATIVE_RMS, relative_rms
-from .forms import PRECISION, Maker, activations, forms, integers, whole_forms
 
 SHAPES = [(1, 1), (1, 37), (37, 1), (16, 32), (33, 65), (97, 131), (200, 70)]  # rows, cols
 WHOLE_SHAPES = [(1, 16), (36, 64), (132, 128)]

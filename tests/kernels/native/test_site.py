@@ -14,8 +14,8 @@ from deltaserve_kernels.native.library import Library
 from deltaserve_kernels.native.parts import Part, base_scale, part_of, vector
 from deltaserve_kernels.native.site import PackedSite, PartList, apply_part, runs_of
 
+from ..forms import activations, forms, whole_forms
 from ..tolerances import NATIVE_RELATIVE_RMS, relative_rms
-from .forms import activations, forms, whole_forms
 
 ROWS, COLS, TOKENS = 200, 97, 40
 TENANTS = [["sign-1", "factors"], ["book"], ["mask-1-of-8", "rotated-patches-16", "gaussian-2-6"]]

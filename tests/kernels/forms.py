@@ -1,4 +1,4 @@
-"""Not tests: terms of every form that the native kernels read, of any shape. Deterministic.
+"""Not tests: terms of every form that kernels read, of any shape. Deterministic.
 
 `forms` have any scales; PRECISION says which tolerance is theirs where it is not "exact". `whole_forms` are of integers
 and powers of two: their products with small integers are exact.

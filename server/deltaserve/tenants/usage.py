@@ -1,0 +1,108 @@
+"""What tenants used: requests and tokens by tenant, model and day (UTC), to bill from.
+
+Counted in memory as requests end, and written once a second: a crash loses the last second at most. A deleted tenant's
+figures stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deltaserve.errors import StorageFull
+from deltaserve.tenants.accounts import Tenant
+from deltaserve.tenants.registry import Registry
+
+logger = logging.getLogger(__name__)
+WRITE_EVERY_S = 1.0
+Kind = tuple[int, str, str, str]  # tenant's id and name, model, day
+
+
+@dataclass(frozen=True)
+class Used:
+    """One line of the bill. `prompt_tokens`, `completion_tokens` as in the replies' `usage`."""
+
+    tenant: str
+    model: str
+    day: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Usage:
+    """Thread-safe. `close` writes what is left."""
+
+    def __init__(self, registry: Registry, clock: Callable[[], float] = time.time) -> None:
+        self._registry = registry
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._counts: Counter[tuple[Kind, str]] = Counter()
+        self._writing = threading.Lock()
+        self._something = threading.Event()
+        self._closed = threading.Event()
+        self._writer = threading.Thread(target=self._write_on, name="usage", daemon=True)
+        self._writer.start()
+
+    def record(self, tenant: Tenant, model: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """One request that has ended."""
+        kind = (tenant.id, tenant.name, model, time.strftime("%Y-%m-%d", time.gmtime(self._clock())))
+        with self._lock:
+            self._counts[kind, "requests"] += 1
+            self._counts[kind, "prompt_tokens"] += prompt_tokens
+            self._counts[kind, "completion_tokens"] += completion_tokens
+        self._something.set()
+
+    def report(self, tenant: Tenant | None = None, since: str = "") -> list[Used]:
+        """By day, tenant and model, from day `since` (YYYY-MM-DD) on."""
+        self.write()
+        rows = self._registry.rows(
+            "SELECT tenant_name, model, day, requests, prompt_tokens, completion_tokens FROM usage "
+            "WHERE day >= ? AND (? IS NULL OR tenant = ?) ORDER BY day, tenant, model",
+            since,
+            tenant.id if tenant else None,
+            tenant.id if tenant else None,
+        )
+        return [Used(*row) for row in rows]
+
+    def write(self) -> None:
+        """What was counted goes to disk. Raises StorageFull; then it is still counted."""
+        with self._writing:
+            with self._lock:
+                counts, self._counts = self._counts, Counter()
+            if not counts:
+                return
+            try:
+                with self._registry.write() as db:
+                    for kind in {kind for kind, _ in counts}:
+                        added = [counts[kind, what] for what in ("requests", "prompt_tokens", "completion_tokens")]
+                        db.execute(
+                            "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+                            "requests = requests + excluded.requests, "
+                            "prompt_tokens = prompt_tokens + excluded.prompt_tokens, "
+                            "completion_tokens = completion_tokens + excluded.completion_tokens",
+                            (*kind, *added),
+                        )
+            except BaseException:
+                with self._lock:
+                    self._counts += counts
+                raise
+
+    def close(self) -> None:
+        self._closed.set()
+        self._something.set()
+        self._writer.join()
+        self.write()
+
+    def _write_on(self) -> None:
+        while self._something.wait() and not self._closed.wait(WRITE_EVERY_S):
+            self._something.clear()
+            try:
+                self.write()
+            except StorageFull as error:
+                logger.error("usage is not written, and tried again: %s", error.message)
+                self._something.set()

@@ -1,0 +1,66 @@
+"""What was used is on the bill, once, whatever happens to the disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from deltaserve.errors import StorageFull
+from deltaserve.tenants.usage import Usage, Used
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from deltaserve.tenants.accounts import Accounts
+    from deltaserve.tenants.registry import Registry
+
+
+@pytest.fixture
+def usage(registry: Registry, clock: Any) -> Iterator[Usage]:
+    made = Usage(registry, clock)
+    yield made
+    made.close()
+
+
+def test_requests_and_tokens_are_summed_by_tenant_model_and_day(usage: Usage, accounts: Accounts, clock: Any) -> None:
+    a, b = accounts.create("a", "test"), accounts.create("b", "test")
+    usage.record(a, "m", 10, 1)
+    usage.record(a, "m", 20, 2)
+    usage.record(a, "base", 5, 5)
+    usage.record(b, "m", 1, 1)
+    clock.now += 86_400
+    usage.record(a, "m", 100, 0)
+    first, second = "2023-11-14", "2023-11-15"
+    assert usage.report(a) == [
+        Used("a", "base", first, 1, 5, 5),
+        Used("a", "m", first, 2, 30, 3),
+        Used("a", "m", second, 1, 100, 0),
+    ]
+    assert usage.report(since=second) == [Used("a", "m", second, 1, 100, 0)]
+    assert len(usage.report()) == 4
+
+
+def test_a_restart_keeps_it_and_a_deleted_tenants_stays(registry: Registry, accounts: Accounts, clock: Any) -> None:
+    before = Usage(registry, clock)
+    tenant = accounts.create("gone", "test")
+    before.record(tenant, "m", 1, 2)
+    before.close()
+    accounts.delete(tenant, "test")
+    after = Usage(registry, clock)
+    assert after.report() == [Used("gone", "m", "2023-11-14", 1, 1, 2)]
+    after.close()
+
+
+def test_a_full_disk_loses_nothing_and_counts_nothing_twice(
+    usage: Usage, accounts: Accounts, registry: Registry
+) -> None:
+    registry.rows("PRAGMA query_only = ON")
+    usage.record(accounts.default, "m", 3, 4)
+    for _ in range(2):
+        with pytest.raises(StorageFull):
+            usage.write()
+    usage.record(accounts.default, "m", 3, 4)
+    registry.rows("PRAGMA query_only = OFF")
+    assert [(used.requests, used.prompt_tokens) for used in usage.report()] == [(2, 6)]
+    assert [(used.requests, used.prompt_tokens) for used in usage.report()] == [(2, 6)]

@@ -1,0 +1,65 @@
+"""Every tenant of a mixed batch through Triton's kernels (its interpreter, where there is no GPU) as through torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.errors import BadRequest
+from deltaserve.model.load import TransformersModel, load_model
+
+from .native_bases import BLOCK, Text, advance, relative_rms
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PROMPT = [5, 9]
+TOLERANCE = 1e-3  # of the logits: activations in float16 between factors and books
+
+
+def load(base: Path, kernels: str, dtype: torch.dtype = torch.float32) -> TransformersModel:
+    checkpoint = Checkpoint.open(base)
+    model = load_model(checkpoint, device=DEVICE, dtype=dtype, kv_slots=1024, block_size=BLOCK, kernels=kernels)
+    assert isinstance(model, TransformersModel)
+    assert model.runtime["kernels"] == kernels
+    return model
+
+
+def answers(model: TransformersModel, town: Any) -> dict[str, Text]:
+    """A prompt of the base and of every tenant, in one step. The interpreter is slow: of two tokens."""
+    deltas = [model.load_delta(artifact).to(DEVICE) for artifact, _ in town.tenants.values()]
+    slots = {name: slot for slot, name in enumerate(town.tenants)} | {"base": -1}
+    texts = {name: Text(list(PROMPT), slot, [slot + 1]) for name, slot in slots.items()}
+    texts["grown"].tokens[1] = model.vocab_size + 1  # its second own token
+    advance(model, [(text, len(PROMPT)) for text in texts.values()], deltas)
+    return texts
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_every_tenant_of_a_mixed_batch(towns: dict[str, Any], kind: str) -> None:
+    town = towns[kind]
+    found, wanted = (answers(load(town.base, kernels), town) for kernels in ("triton", "torch"))
+    for name, text in found.items():
+        assert relative_rms(text.stacked, wanted[name].stacked) < TOLERANCE, name
+    assert torch.equal(found["base"].stacked, wanted["base"].stacked)
+
+
+def test_resident_bytes_are_those_of_the_bundle(towns: dict[str, Any]) -> None:
+    model = load(towns["tied"].base, "triton")
+    for artifact, _ in towns["tied"].tenants.values():
+        delta = model.load_delta(artifact)
+        assert delta.bundle is not None
+        overrides = sum(override.nbytes for override in delta.overrides.values())
+        factors = sum(layer.nbytes for layer in delta.layers.values())
+        assert delta.nbytes == delta.bundle.nbytes + overrides + factors
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has Triton")
+def test_triton_without_a_gpu_is_refused(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(BadRequest, match="--kernels triton: .*need a CUDA device, not cpu"):
+        load(tiny_base, "triton")
