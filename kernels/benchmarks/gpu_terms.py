@@ -2,8 +2,8 @@
 
     slowdown(T) = time of base and deltas / time of the base          medians of interleaved replays
 
-Each layer is its four products (q k v, o, gate up, down) in bfloat16, every site and tenant in memory of its own, so
-that caches help nobody. Beside each kind: T copies of the weights (one model a tenant), and a loop over tenants of plain
+Each layer is its four products (q k v, o, gate up, down) in bfloat16, every site and tenant in memory of its own:
+caches help nobody. Beside each kind: T copies of the weights (one model a tenant), and a loop over tenants of plain
 low-rank products, as PEFT's layers do them. Checked first: a site of each kind against `decode` in float64, which
 float16 subnormals in tensor cores are part of, and the same bits from 20 replays. A wrong result ends the run.
 

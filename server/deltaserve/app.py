@@ -26,6 +26,7 @@ from deltaserve.deltas.limits import Limits
 from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.store import DeltaStore
 from deltaserve.engine.blocks import BlockPool
+from deltaserve.engine.grammars import Grammars
 from deltaserve.engine.loop import Engine
 from deltaserve.engine.runner import Runner
 from deltaserve.engine.scheduler import Chunk, Scheduler
@@ -108,6 +109,9 @@ def build_services(settings: Settings) -> Services:
         lambda digest: Artifact.open(store.path(digest)).manifest,
     )
 
+    grammars = Grammars()
+    grammars.warm_up(text.base_profile.tokenizer)
+
     def check_template(artifact: Artifact) -> None:
         if artifact.manifest.chat_template is not None:
             text.check_template(artifact.manifest.chat_template)
@@ -152,6 +156,7 @@ def build_services(settings: Settings) -> Services:
         },
         engine=engine,
         text=text,
+        grammars=grammars,
         registry=registry,
         accounts=accounts,
         keys=keys,
@@ -215,6 +220,7 @@ def close_services(services: Services) -> None:
     services.upload_pool.shutdown()
     services.residency.close()
     services.text.close()
+    services.grammars.close()
     services.usage.close()
     services.registry.close()
 

@@ -7,6 +7,7 @@
     │   ├── ContextLengthExceeded           context_length_exceeded    400
     │   ├── InvalidName                     invalid_name               400
     │   ├── TemplateError                   chat_template_error        400
+    │   ├── GrammarError                    invalid_grammar            400
     │   └── DigestMismatch                  digest_mismatch            400
     ├── AuthenticationFailed                invalid_api_key            401
     ├── PermissionDenied                    insufficient_permissions   403
@@ -78,6 +79,10 @@ class InvalidName(BadRequest):
 
 class TemplateError(BadRequest):
     code = "chat_template_error"
+
+
+class GrammarError(BadRequest):
+    code = "invalid_grammar"
 
 
 class DigestMismatch(BadRequest):

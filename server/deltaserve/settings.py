@@ -92,6 +92,9 @@ class Settings(BaseSettings):
     keep_alive_timeout_s: int = Field(
         75, ge=1, description="seconds an idle connection stays open; longer than those of balancers and clients (60)"
     )
+    tool_call_parser: Literal["auto", "hermes", "llama3_json"] = Field(
+        "auto", description="how models write tool calls (auto: by their chat template)"
+    )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the model (default: torch's)")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged")
 

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     ErrorOf = Callable[..., dict[str, Any]]
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
+BAD = {"name": "f", "arguments": "{"}
+CALL: dict[str, Any] = {"id": "1", "type": "function"}
 PATHS = ["/v1/completions", "/v1/chat/completions"]
-TOOL = {"type": "function", "function": {"name": "f"}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 
 
 def _post(http: httpx.Client, path: str, **fields: Any) -> httpx.Response:
@@ -27,13 +29,10 @@ def _post(http: httpx.Client, path: str, **fields: Any) -> httpx.Response:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [TOOL]),
-        ("tool_choice", "auto"),
         ("functions", []),
         ("best_of", 2),
         ("suffix", "x"),
         ("guided_json", {}),
-        ("structured_outputs", {}),
         ("include_stop_str_in_output", True),
         ("prompt_logprobs", 1),
         ("allowed_token_ids", [1]),
@@ -49,12 +48,81 @@ def test_a_parameter_that_is_not_supported_is_named(
     assert error["param"] == field and field in error["message"]
 
 
-@pytest.mark.parametrize("format_type", ["json_object", "json_schema"])
-def test_other_response_formats_are_refused(format_type: str, http: httpx.Client, error_of: ErrorOf) -> None:
-    wanted = {"type": format_type} | ({"json_schema": {"name": "x", "schema": {}}} if "schema" in format_type else {})
-    reply = _post(http, PATHS[1], response_format=wanted)
-    code = "unsupported_parameter" if "schema" in format_type else "invalid_request"
-    assert "response_format" in error_of(reply, 400, code)["message"]
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "needs a schema"),
+        ({"structured_outputs": {}}, "exactly one"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "exactly one"),
+        ({"structured_outputs": {"choice": []}}, "at least 1"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "exclude"),
+    ],
+)
+def test_a_format_that_says_too_little_or_too_much_is_refused(
+    path: str, fields: dict[str, Any], words: str, http: httpx.Client, error_of: ErrorOf
+) -> None:
+    assert words in error_of(_post(http, path, **fields), 400, "invalid_request")["message"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"json": {"type": "strin"}}, "Invalid type"),
+        ({"json": "{"}, "EOF"),
+        ({"json": {"$ref": "http://127.0.0.1/x"}}, "does not fetch"),
+        ({"json": {"contains": {}}}, "contains"),
+        ({"regex": "(a"}, "unclosed group"),
+        ({"grammar": "start: nothing"}, "unknown name"),
+        ({"grammar": "root ::= ("}, "cannot be used"),
+        ({"regex": "x" * 70_000}, "65536"),
+    ],
+)
+def test_a_grammar_that_does_not_compile_is_told_why(
+    path: str, fields: dict[str, Any], words: str, http: httpx.Client, error_of: ErrorOf
+) -> None:
+    assert words in error_of(_post(http, path, structured_outputs=fields), 400, "invalid_grammar")["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tools": []}, "at least 1"),
+        ({"tools": [TOOL, TOOL]}, "same name"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "pattern"),
+        ({"tools": [{"type": "web_search"}]}, "function"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "none of the tools"),
+        ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [TOOL], "structured_outputs": {"regex": "a"}}, "exclude"),
+        ({"tools": [TOOL]}, "takes no tools"),
+        ({"tool_choice": "required"}, "need tools"),
+        ({"parallel_tool_calls": False}, "need tools"),
+        ({"messages": [{"role": "assistant"}]}, "content is missing"),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL | {"function": BAD}]}]}, "no JSON"),
+    ],
+)
+def test_tools_that_cannot_be_used_are_refused(
+    fields: dict[str, Any], words: str, http: httpx.Client, error_of: ErrorOf
+) -> None:
+    assert words in error_of(_post(http, PATHS[1], **fields), 400, "invalid_request")["message"]
+
+
+def test_tools_belong_to_chats(http: httpx.Client, error_of: ErrorOf) -> None:
+    assert error_of(_post(http, PATHS[0], tools=[TOOL]), 400, "unsupported_parameter")["param"] == "tools"
+
+
+def test_tools_that_may_not_be_called_change_nothing(http: httpx.Client) -> None:
+    plain, unused = (
+        _post(http, PATHS[1], temperature=0, **fields).json()
+        for fields in ({}, {"tools": [TOOL], "tool_choice": "none"})
+    )
+    assert plain["choices"] == unused["choices"]
+
+
+def test_text_is_a_format(http: httpx.Client) -> None:
     assert _post(http, PATHS[1], response_format={"type": "text"}).status_code == 200
 
 

@@ -35,6 +35,7 @@ def complete(client: openai.OpenAI) -> Callable[..., Any]:
                 "stop_token_ids",
                 "skip_special_tokens",
                 "repetition_penalty",
+                "structured_outputs",
             )
             if name in parameters
         }

@@ -71,6 +71,7 @@ class FakeRunner:
         self.generators = Generators()
         self.script: dict[str, list[int]] = {}
         self.failures: list[Exception] = []
+        self.culprits: set[str] = set()  # a step with one of these requests fails
         self.hold = threading.Event()
         self.hold.set()
         self.entered = threading.Event()
@@ -82,6 +83,8 @@ class FakeRunner:
         assert self.hold.wait(WAIT_S)
         if self.failures:
             raise self.failures.pop()
+        if self.culprits & {c.request.id for c in chunks}:
+            raise RuntimeError("secret detail of the device")
         return [ChunkResult(c.request, self._sampled(c.request) if c.samples else None) for c in chunks]
 
     def _sampled(self, request: Request) -> Sampled:

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from deltaserve.engine.types import Event, FinishReason, TokenLogprob
 from deltaserve.errors import (
@@ -125,22 +126,46 @@ def test_cancelling_what_has_ended_or_never_was_does_nothing(house: House) -> No
     assert len([event for event in client.events if event.finish_reason]) == 1
 
 
-def test_a_failed_step_fails_its_batch_and_the_engine_lives(house: House) -> None:
-    house.runner.failures.append(RuntimeError("secret detail of the device"))
+def test_a_step_that_fails_ends_the_request_at_fault_alone(house: House) -> None:
     house.runner.hold.clear()
     waiting = house.client(digest="away").submit()
-    batch = [house.client() for _ in range(2)]
-    house.engine.submit([client.request for client in batch])
+    bad, *good = (house.client() for _ in range(3))
+    house.runner.culprits.add(bad.request.id)
+    house.engine.submit([client.request for client in (good[0], bad, good[1])])
     house.runner.hold.set()
-    for client in batch:
-        last = client.wait()
-        assert (last.finish_reason, type(last.error)) == (FinishReason.ERROR, EngineFailure)
-        assert "secret" not in str(last.error)
-    assert house.client().submit().wait().finish_reason == FinishReason.LENGTH
+    last = bad.wait()
+    assert (last.finish_reason, type(last.error), bad.tokens) == (FinishReason.ERROR, EngineFailure, [])
+    assert "secret" not in str(last.error)
+    for client in good:
+        assert (client.wait().finish_reason, client.tokens) == (FinishReason.LENGTH, [97, 98, 99, 100])
     assert not waiting.events
     house.gate.slots["away"] = 0
     house.engine.wake()
     assert waiting.wait().finish_reason == FinishReason.LENGTH
+
+
+def test_a_step_that_fails_once_costs_nobody_anything(house: House) -> None:
+    house.runner.failures.append(RuntimeError("out of memory"))
+    house.runner.hold.clear()
+    clients = [house.client() for _ in range(3)]
+    house.engine.submit([client.request for client in clients])
+    house.runner.hold.set()
+    for client in clients:
+        assert (client.wait().finish_reason, client.tokens) == (FinishReason.LENGTH, [97, 98, 99, 100])
+
+
+def test_a_lost_device_ends_every_request_and_the_engine(house: House) -> None:
+    house.runner.failures.append(torch.AcceleratorError("the context is gone", 1))
+    house.runner.hold.clear()
+    clients = [house.client() for _ in range(2)]
+    house.engine.submit([client.request for client in clients])
+    house.runner.hold.set()
+    for client in clients:
+        assert isinstance(client.wait().error, EngineFailure | Draining)
+    house.engine._thread.join(WAIT_S)
+    assert not house.engine.is_alive
+    with pytest.raises(Draining):
+        house.client().submit()
 
 
 def test_a_request_whose_text_cannot_be_made_fails_alone(house: House) -> None:

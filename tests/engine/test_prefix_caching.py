@@ -29,7 +29,7 @@ def found(pool: BlockPool, num_tokens: int = 20, digest: str | None = None, tena
     request = make_request(num_tokens, digest)
     request.tokens = [token + skip for token in request.tokens]
     request.tenant = tenant
-    return len(pool._find(request)) * pool.block_size
+    return len(pool._find(request)[0]) * pool.block_size
 
 
 def test_a_request_finds_the_full_blocks_of_one_that_began_alike() -> None:
@@ -46,6 +46,22 @@ def test_the_last_token_is_always_computed() -> None:
     pool = BlockPool(20, 4, SALT)
     pool.release(compute(pool, make_request(16)))
     assert [found(pool, length) for length in (16, 17, 4, 5, 1)] == [12, 16, 0, 4, 0]
+
+
+def test_a_mixture_finds_what_all_its_models_have_computed_and_leaves_each_its_own() -> None:
+    pool = BlockPool(40, 4, SALT)
+    pool.release(compute(pool, make_request(18, "a")))
+    mixture = make_request(20, "a", "b")
+    assert pool.try_start(mixture)
+    assert (mixture.num_computed, [len(row.blocks) for row in mixture.rows]) == (0, [5, 5])
+    pool.release(compute(pool, make_request(10, "b")))
+    pool.release(mixture)
+    again = compute(pool, make_request(20, "a", "b"), 20)
+    assert len({block for row in again.rows for block in row.blocks}) == 10
+    pool.release(again)
+    assert (found(pool, 21, "a"), found(pool, 21, "b"), pool.num_free) == (20, 20, 40)
+    assert pool.try_start(mixture := make_request(21, "b", "a"))
+    assert mixture.num_computed == 20
 
 
 def test_what_is_not_computed_yet_is_not_found() -> None:

@@ -6,7 +6,7 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from deltaserve.engine.blocks import BlockPool
 from deltaserve.engine.scheduler import Chunk, Scheduler
-from deltaserve.engine.types import Request, SamplingParams
-from deltaserve.errors import ContextLengthExceeded, DeltaLoadFailed
+from deltaserve.engine.types import Request, Row, SamplingParams
+from deltaserve.errors import BadRequest, ContextLengthExceeded, DeltaLoadFailed
 from deltaserve.ids import BASE_SLOT, DeltaDigest, RequestId, Slot
 
 _serial = itertools.count()
@@ -37,6 +37,7 @@ class Gate:
     slots: dict[str, int] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     pins: Counter[int] = field(default_factory=Counter)
+    most: int = 99  # that can be on the device at the same time
     wanted: list[str] = field(default_factory=list)
     late: list[int] = field(default_factory=list)  # slots to be left
 
@@ -53,6 +54,10 @@ class Gate:
         self.pins[slot] -= 1
         assert self.pins[slot] >= 0
 
+    def check_together(self, digests: Collection[DeltaDigest]) -> None:
+        if len(digests) > self.most:
+            raise BadRequest("too many", param="mixture")
+
     def want(self, digests: Sequence[DeltaDigest]) -> None:
         self.wanted = list(digests)
 
@@ -61,10 +66,12 @@ class Gate:
         return [Slot(slot) for slot in late]
 
 
-def make_request(num_tokens: int = 4, digest: str | None = None) -> Request:
+def make_request(num_tokens: int = 4, digest: str | None = None, *others: str | None) -> Request:
+    digests = [None if name is None else DeltaDigest(name) for name in (digest, *others)]
     return Request(
         id=RequestId(f"r{next(_serial)}"),
-        digest=None if digest is None else DeltaDigest(digest),
+        digest=digests[0],
+        others=tuple(Row(digest=other) for other in digests[1:]),
         prompt_ids=list(range(num_tokens)),
         params=SamplingParams(max_tokens=100),
         eos_ids=frozenset(),
@@ -183,12 +190,6 @@ def test_a_slot_that_is_to_be_left_is_left_by_all_who_hold_it_and_they_go_on_lat
     assert gate.pins[0] == 2
 
 
-def test_chunks_come_sorted_by_slot_with_the_base_first() -> None:
-    gate = Gate({"a": 2, "b": 0, "c": 1})
-    scheduler = make(*(make_request(1, name) for name in ["a", "b", None, "c", "a", None]), gate=gate)
-    assert [chunk.request.slot for chunk in plan(scheduler)] == [-1, -1, 0, 1, 2, 2]
-
-
 def test_a_failed_load_is_told_to_all_that_wait_for_it_and_to_nobody_else() -> None:
     gate = Gate({"good": 0}, broken=["bad"])
     bad, good, too = make_request(4, "bad"), make_request(4, "good"), make_request(4, "bad")
@@ -247,7 +248,7 @@ def test_a_request_without_room_waits_unpinned_and_is_not_overtaken() -> None:
     assert spans(plan(scheduler)) == {running.id: (0, 12)}
     assert (large.pinned, gate.pins[0]) == (False, 0)
     scheduler.remove(running)
-    assert list(spans(plan(scheduler))) == [small.id, large.id]
+    assert spans(plan(scheduler)).keys() == {small.id, large.id}
 
 
 def test_a_request_larger_than_all_blocks_fails_and_the_one_behind_it_runs() -> None:
@@ -299,6 +300,7 @@ def test_everyone_is_served_in_the_end_however_small_the_cache(budget: int) -> N
 MOVES = st.lists(
     st.one_of(
         st.tuples(st.just("add"), st.integers(1, 30), st.sampled_from([None, "a", "b", "c"])),
+        st.tuples(st.just("mix"), st.integers(1, 30), st.lists(st.sampled_from([None, "a", "b", "c"]), min_size=2)),
         st.tuples(st.just("remove"), st.integers(0, 20)),
         st.tuples(st.just("load"), st.sampled_from("abc")),
         st.tuples(st.just("evict"), st.sampled_from("abc")),
@@ -322,6 +324,8 @@ def test_blocks_and_pins_are_conserved_whatever_happens(
         match move:
             case ("add", int(tokens), name):
                 scheduler.add(make_request(tokens, name))  # type: ignore[arg-type]
+            case ("mix", int(tokens), [*names]):
+                scheduler.add(make_request(tokens, *names))
             case ("remove", int(place)) if len(scheduler):
                 scheduler.remove(list(scheduler)[place % len(scheduler)])
             case ("load", str(name)):
@@ -343,23 +347,78 @@ def test_blocks_and_pins_are_conserved_whatever_happens(
 
 
 def check_plan(scheduler: Scheduler, chunks: list[Chunk], budget: int) -> None:
-    assert sum(chunk.num_tokens for chunk in chunks) <= budget
-    assert [chunk.request.slot for chunk in chunks] == sorted(chunk.request.slot for chunk in chunks)
+    assert sum(chunk.num_tokens * len(chunk.request.rows) for chunk in chunks) <= budget
     assert len({chunk.request.id for chunk in chunks}) == len(chunks)
     for chunk in chunks:
         request = chunk.request
         assert request in scheduler.running
         assert chunk.num_tokens > 0
         assert chunk.start == request.num_computed
-        assert len(request.blocks) * scheduler.blocks.block_size >= chunk.start + chunk.num_tokens
-        assert request.pinned == (request.digest is not None)
-        assert (request.slot == BASE_SLOT) == (request.digest is None)
+        for row in request.rows:
+            assert len(row.blocks) * scheduler.blocks.block_size >= chunk.start + chunk.num_tokens
+            assert row.pinned == (row.digest is not None)
+            assert (row.slot == BASE_SLOT) == (row.digest is None)
 
 
 def check_conservation(scheduler: Scheduler, gate: Gate) -> None:
-    held = [block for request in scheduler for block in request.blocks]
+    rows = [row for request in scheduler for row in request.rows]
+    held = [block for row in rows for block in row.blocks]
     assert sorted([*held, *scheduler.blocks._free]) == list(range(scheduler.blocks.num_blocks))
-    assert all(not request.blocks for request in scheduler.waiting)
-    assert len(scheduler.running) <= scheduler._max_num_seqs
-    pinned = Counter(request.slot for request in scheduler if request.pinned)
-    assert +gate.pins == pinned
+    assert all(not row.blocks for request in scheduler.waiting for row in request.rows)
+    assert sum(len(request.rows) for request in scheduler.running) <= scheduler._max_num_seqs
+    assert +gate.pins == Counter(row.slot for row in rows if row.pinned)
+
+
+def test_a_mixture_runs_in_all_its_models_at_once_or_not_at_all() -> None:
+    gate = Gate({"a": 0})
+    mixed, plain = make_request(4, "a", "b", None), make_request(4, "a")
+    scheduler = make(mixed, plain, gate=gate, budget=9)
+    assert spans(plan(scheduler)) == {plain.id: (0, 4)}
+    scheduler.remove(plain)
+    gate.slots["b"] = 1
+    chunks = plan(scheduler)
+    assert spans(chunks) == {mixed.id: (0, 3)}  # 9 tokens of the step over 3 rows
+    assert [(row.slot, len(row.blocks)) for row in mixed.rows] == [(0, 1), (1, 1), (BASE_SLOT, 1)]
+    advance(chunks)
+    scheduler.remove(mixed)
+    assert all((row.blocks, row.pinned) == ([], False) for row in mixed.rows)
+
+
+def test_one_waiting_mixture_keeps_what_it_has_and_a_second_one_takes_nothing() -> None:
+    """Each needs what the other could hold: with both holding, neither would ever run."""
+    gate = Gate({"a": 0, "c": 1})
+    first, second = make_request(1, "a", "b"), make_request(1, "c", "d")
+    scheduler = make(first, second, gate=gate)
+    assert plan(scheduler) == []
+    assert (+gate.pins, first.pinned, second.pinned) == (Counter({0: 1}), True, False)
+    gate.slots |= {"b": 2, "d": 3}
+    assert spans(plan(scheduler)) == {first.id: (0, 1), second.id: (0, 1)}
+    gathering, other = make_request(1, "a", "x"), make_request(1, "c", "x")
+    for request in (gathering, other):
+        scheduler.add(request)
+    plan(scheduler)
+    scheduler.remove(gathering)
+    plan(scheduler)
+    assert (gathering.pinned, other.pinned) == (False, True)
+
+
+@pytest.mark.parametrize(("seats", "blocks", "most"), [(1, 100, 9), (8, 3, 9), (8, 100, 1)])
+def test_a_mixture_that_could_never_run_fails_and_the_next_one_runs(seats: int, blocks: int, most: int) -> None:
+    gate = Gate({"a": 0, "b": 1}, most=most)
+    mixed, plain = make_request(5, "a", "b"), make_request(5, "a")
+    scheduler = make(mixed, plain, gate=gate, seats=seats, blocks=blocks)
+    chunks, [(request, error)] = scheduler.plan()
+    assert (request, spans(chunks)) == (mixed, {plain.id: (0, 5)})
+    assert isinstance(error, BadRequest)
+
+
+def test_a_mixture_waits_for_seats_for_all_its_models_and_none_overtakes_it() -> None:
+    running, mixed, late = make_request(1), make_request(1, None, None), make_request(1)
+    scheduler = make(running, seats=2)
+    plan(scheduler)
+    scheduler.add(mixed)
+    scheduler.add(late)
+    assert mixed.id not in spans(plan(scheduler))
+    scheduler.remove(running)
+    assert spans(plan(scheduler)) == {mixed.id: (0, 1)}
+    assert scheduler.num_free_seats == 0

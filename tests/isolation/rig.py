@@ -10,7 +10,7 @@ import torch
 
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.engine.blocks import BlockPool
-from deltaserve.engine.runner import ChunkResult, Runner
+from deltaserve.engine.runner import ChunkResult, Runner, mixed
 from deltaserve.engine.scheduler import Chunk, Scheduler
 from deltaserve.engine.types import Request, SamplingParams
 from deltaserve.ids import DeltaDigest, RequestId, Slot
@@ -20,7 +20,7 @@ from deltaserve.model.served import ServedModel
 from deltaserve_kernels.native.decoder import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     from deltaserve.deltas.resident import ResidentDelta
@@ -76,6 +76,9 @@ class FixedGate:
     def unpin(self, slot: Slot) -> None:
         self.pins[slot] -= 1
 
+    def check_together(self, digests: Collection[DeltaDigest]) -> None:
+        assert len(digests) <= len(self._slots)
+
     def want(self, digests: Sequence[DeltaDigest]) -> None:
         pass
 
@@ -90,13 +93,11 @@ class RecordingRunner(Runner):
         super().__init__(model, slots, block_size)
         self.logits: dict[RequestId, list[torch.Tensor]] = {}
 
-    def _results(self, chunks: Sequence[Chunk], wanted: Sequence[range], logits: torch.Tensor) -> list[ChunkResult]:
-        end = 0
-        for chunk, rows in zip(chunks, wanted, strict=True):
-            end += len(rows)
+    def _results(self, chunks: Sequence[Chunk], logits: Sequence[Sequence[torch.Tensor]]) -> list[ChunkResult]:
+        for chunk, own in zip(chunks, logits, strict=True):
             if chunk.samples:
-                self.logits.setdefault(chunk.request.id, []).append(logits[end - 1].clone())
-        return super()._results(chunks, wanted, logits)
+                self.logits.setdefault(chunk.request.id, []).append(mixed(chunk.request, own)[-1].clone())
+        return super()._results(chunks, logits)
 
 
 class Rig:
@@ -141,6 +142,8 @@ class Rig:
             request.prompt_reports += result.prompt_logprobs
             if result.sampled is not None:
                 request.tokens.append(result.sampled.token_id)
+                for row, logprob in zip(request.rows, result.row_logprobs, strict=False):
+                    row.logprob += logprob
                 if request.num_generated >= request.params.max_tokens:
                     self.scheduler.remove(request)
         return True

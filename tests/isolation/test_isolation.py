@@ -12,128 +12,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from deltaserve.codecs.budget import Budget
-from deltaserve.codecs.registry import make_codec
-from deltaserve.deltas.checkpoint import Checkpoint
-from deltaserve.deltas.compress import compress
-from deltaserve.deltas.limits import Limits
-from deltaserve.deltas.residency import Residency
-from deltaserve.deltas.store import DeltaStore, Destination
 from deltaserve.errors import DeltaLoadFailed, ModelNotFound
-from deltaserve.tenants.accounts import Accounts, Caller
-from deltaserve.tenants.models import Model, Version
-from deltaserve.tenants.registry import Registry
-from deltaserve_kernels.native.library import available
 from deltaserve_kernels.native.parts import Part
 
-from .rig import CPU, Rig, load, make_request
+from .rig import Rig, make_request
+from .town import CODECS, PROMPT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable
 
     from deltaserve.engine.types import Request
-    from deltaserve.model.load import ServedModel
 
-PROMPT = [5, 9, 200, 31, 77, 4, 4, 120, 250, 66, 13, 87, 5, 42]
-CODECS: dict[str, tuple[str, Budget, dict[str, Any]]] = {
-    "sign": ("bitdelta", Budget(), {"scale": "row"}),
-    "svd": ("delta-svd", Budget(rank=4), {}),
-    "sparse": ("dare", Budget(), {"group": 4}),
-    "grown": ("bitdelta", Budget(), {}),
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "sign": {"norms": True},
-    "svd": {"untie": True},
-    "sparse": {"norms": False, "embedding_rows": (4, 9)},
-    "grown": {"added_tokens": ("<|x|>", "<|y|>"), "embedding_rows": (77,)},
-}
-
-
-@pytest.fixture(scope="module")
-def artifacts(
-    tiny_base: Path, make_finetune: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, bytes]:
-    """Four tenants of different codecs, and a second version of the first."""
-    folder = tmp_path_factory.mktemp("tenants")
-    found = {}
-    for seed, name in enumerate([*CODECS, "sign-2"]):
-        codec, budget, options = CODECS[name.removesuffix("-2")]
-        tuned = make_finetune(tiny_base, folder / name, scale=0.1, seed=seed, **SHAPES[name.removesuffix("-2")])
-        path = folder / f"{name}.safetensors"
-        made = make_codec(codec, budget, options)
-        compress(Checkpoint.open(tiny_base), Checkpoint.open(tuned), made, path, seed=seed)
-        found[name] = path.read_bytes()
-    return found
-
-
-@pytest.fixture(scope="module", params=["transformers", "native"])
-def model(tiny_base: Path, request: pytest.FixtureRequest) -> ServedModel:
-    if request.param == "native" and not available():
-        pytest.skip("no native kernels here")
-    made = load(tiny_base, kv_slots=256, dtype=torch.bfloat16 if request.param == "native" else torch.float32)
-    assert made.runtime["decoder"] == request.param
-    return made
-
-
-class Town(Rig):
-    """A rig whose deltas are in a store and come and go by residency."""
-
-    def __init__(
-        self,
-        model: ServedModel,
-        root: Path,
-        max_deltas: int = 4,
-        host: int = 8,
-        quantum_s: float = 1.0,
-        max_wait_s: float = 30.0,
-        **options: Any,
-    ) -> None:
-        self.residency = Residency(
-            lambda digest: self.store.path(digest),
-            CPU,
-            Limits(max_deltas, host, quantum_s=quantum_s, max_wait_s=max_wait_s),
-            load=model.load_delta,
-            on_ready=lambda: self.ready.set(),
-        )
-        self.registry = Registry(root)
-        self.me = Caller(Accounts(self.registry).default, "-", frozenset())
-        self.store = DeltaStore(self.registry, on_removed=lambda digest: self.residency.discard([digest]))
-        super().__init__(model, self.residency, self.residency.slots, **options)
-
-    def upload(self, name: str, data: bytes) -> Version:
-        upload = self.store.begin_upload(1 << 24)
-        upload.write(data)
-        stored = self.store.commit(Destination(self.me.tenant, name, "test"), upload, upload.finish(None), {})
-        upload.close()
-        return stored.version
-
-    def named(self, name: str) -> Model:
-        return self.store.models.find(self.me, name)[0]
-
-    def ask(self, name: str | None, *, prompt: list[int] = PROMPT, max_tokens: int = 6, **params: Any) -> Request:
-        digest = None if name is None else self.named(name).active.digest
-        return make_request(prompt, digest, max_tokens=max_tokens, **params)
-
-    def close(self) -> None:
-        assert self.residency.counts()["pinned"] == 0
-        self.residency.close()
-        self.registry.close()
-
-
-@pytest.fixture
-def make_town(model: ServedModel, artifacts: dict[str, bytes], tmp_path: Path) -> Iterator[Callable[..., Town]]:
-    towns: list[Town] = []
-
-    def make(**options: Any) -> Town:
-        towns.append(Town(model, tmp_path / str(len(towns)), **options))
-        for name in CODECS:
-            towns[-1].upload(name, artifacts[name])
-        return towns[-1]
-
-    yield make
-    for town in towns:
-        town.close()
+    from .town import Town
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from deltaserve.api import sse
+from deltaserve.api.constraints import read_grammar
 from deltaserve.api.deps import Services, ServicesDep
 from deltaserve.api.generation import Generation, sampling_params, until_disconnect
 from deltaserve.api.schemas import CompletionIn
@@ -60,7 +61,7 @@ async def start(generation: Generation, body: CompletionIn, services: Services) 
             prompt_logprobs=scored,
         )
 
-    await generation.start(prompts, params)
+    await generation.start(prompts, params, lambda profile: read_grammar(body))
 
 
 class _Choice:

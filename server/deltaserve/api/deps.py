@@ -15,6 +15,7 @@ from fastapi.security import HTTPBearer
 from deltaserve.deltas.intake import Intake
 from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.store import DeltaStore
+from deltaserve.engine.grammars import Grammars
 from deltaserve.engine.loop import Engine
 from deltaserve.engine.text import TextSide
 from deltaserve.errors import BadRequest, Draining, PermissionDenied
@@ -42,6 +43,7 @@ class Services:
     runtime: dict[str, str]  # what runs: versions, device, dtype, kernels
     engine: Engine
     text: TextSide
+    grammars: Grammars
     registry: Registry
     accounts: Accounts
     keys: Keys

@@ -1,7 +1,7 @@
 """One API request as sequences in the engine: set up off the event loop, listened to, and always cleaned up.
 
-A request resolves its model name once, here, to a digest that it leases until its last sequence has ended. A name that
-does not resolve is an error; nothing ever falls back to the base.
+A request resolves its model's name once, here, to a digest that it leases until its last sequence has ended; a mixture
+each of its names. A name that does not resolve is an error; nothing ever falls back to the base.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from starlette.requests import ClientDisconnect
 
 from deltaserve.api.deps import Services
 from deltaserve.api.metering import Meter
+from deltaserve.api.mixing import read_mixture
 from deltaserve.api.schemas import Generation as Wire
+from deltaserve.engine.grammars import Grammar
 from deltaserve.engine.text import Profile, Sink
-from deltaserve.engine.types import Event, Request, SamplingParams
+from deltaserve.engine.types import Event, Request, Row, SamplingParams
 from deltaserve.errors import BadRequest, ContextLengthExceeded, DeltaServeError
 from deltaserve.ids import DeltaDigest, RequestId
 from deltaserve.tenants.migrations import DEFAULT_TENANT
@@ -42,8 +44,9 @@ class Generation:
         self._billed_as = services.base_id
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._leased: DeltaDigest | None = None
-        self.digest: DeltaDigest | None = None  # None = the base
+        self._leased: list[DeltaDigest] = []
+        self._named: dict[str, DeltaDigest] = {}
+        self._digests: list[DeltaDigest | None] = []  # of the models that answer; None = the base
         self._live: dict[int, Request] = {}
         self._unfinished = 0  # requests whose last event has not come
         self._closed = False
@@ -56,12 +59,17 @@ class Generation:
         self.profile: Profile = services.text.base_profile
         self._first: tuple[int, Event] | None = None
 
-    async def start(self, prompts: Prompts, params: Callable[[Profile, int], SamplingParams]) -> None:
+    async def start(
+        self,
+        prompts: Prompts,
+        params: Callable[[Profile, int], SamplingParams],
+        grammar: Callable[[Profile], Grammar | None],
+    ) -> None:
         """Resolves the model, reads the prompts, submits, and waits for the first event, so that what goes wrong
         before it is still an HTTP status. Raises DeltaServeError."""
         self._services.refuse_if_draining()
         self._meter.enter()
-        preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare, prompts, params))
+        preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare, prompts, params, grammar))
         try:
             requests = await asyncio.shield(preparing)
         except asyncio.CancelledError:
@@ -98,9 +106,11 @@ class Generation:
         self._release_if_done()
 
     def _release_if_done(self) -> None:
-        if self._closed and not self._unfinished and self._leased is not None:
-            digest, self._leased = self._leased, None
-            self._loop.run_in_executor(None, self._services.store.release, digest)  # the disk may be slow
+        if self._closed and not self._unfinished:
+            while self._leased:
+                self._loop.run_in_executor(
+                    None, self._services.store.release, self._leased.pop()
+                )  # the disk may be slow
 
     def _hear(self, index: int, event: Event) -> None:
         self._events.put_nowait((index, event))
@@ -121,9 +131,8 @@ class Generation:
 
     @property
     def system_fingerprint(self) -> str:
-        """Which weights answered: base, and delta where there is one."""
-        base = self._services.base_fingerprint[:12]
-        return f"{base}-{self.digest[:12]}" if self.digest else base
+        """Which weights answered: base, and deltas where there are any."""
+        return "-".join([self._services.base_fingerprint[:12], *(d[:12] for d in self._digests if d is not None)])
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -149,16 +158,26 @@ class Generation:
             raise event.error
         return index, event
 
-    def _prepare(self, prompts: Prompts, params: Callable[[Profile, int], SamplingParams]) -> list[Request]:
+    def _prepare(
+        self,
+        prompts: Prompts,
+        params: Callable[[Profile, int], SamplingParams],
+        grammar: Callable[[Profile], Grammar | None],
+    ) -> list[Request]:
         """Off the event loop: disk, templates, tokenizers."""
         services = self._services
-        if self._body.model != services.base_id:
-            caller = self._meter.caller
-            model, version = services.store.lease(caller, self._body.model, self._body.user or self.id)
-            self.digest = self._leased = version.digest
-            self._billed_as = model.called_by(caller)
-        self.profile = services.text.profile(self.digest)
+        names, mixture = read_mixture(self._body)
+        self.profile = services.text.profile(self._lease(self._body.model))
+        self._digests = [self._lease(name) for name in names]
+        eos_ids = self.profile.eos_ids
+        for name, digest in zip(names, self._digests, strict=True):
+            profile = services.text.profile(digest)
+            eos_ids |= profile.eos_ids  # any model of a mixture may end the answer
+            if not profile.shares_vocabulary(self.profile):
+                raise BadRequest(f"{self._body.model!r} and {name!r} have different vocabularies", param="mixture")
         self.prompts = prompts(self.profile)
+        wanted = grammar(self.profile)
+        compiled = wanted and services.grammars.compile(wanted, self.profile.tokenizer)
         now = time.monotonic()
         requests: list[Request] = []
         owner = self._meter.caller.tenant
@@ -170,10 +189,13 @@ class Generation:
                 requests.append(
                     Request(
                         id=RequestId(f"{self.id}-{index}"),
-                        digest=self.digest,
+                        digest=self._digests[0],
+                        others=tuple(Row(digest=digest) for digest in self._digests[1:]),
+                        mixture=mixture,
+                        guide=compiled.guide() if compiled else None,
                         prompt_ids=ids,
                         params=_for_choice(sampling, choice),
-                        eos_ids=self.profile.eos_ids,
+                        eos_ids=eos_ids,
                         vocab_size=self.profile.vocab_size,
                         sink=Sink(self.profile, ids, sampling),
                         emit=self._emitter(index),
@@ -182,6 +204,20 @@ class Generation:
                     )
                 )
         return requests
+
+    def _lease(self, name: str) -> DeltaDigest | None:
+        """The digest behind a model's name, leased, the same for the whole request; None = the base. Raises
+        ModelNotFound."""
+        if name == self._services.base_id:
+            return None
+        if name not in self._named:
+            caller = self._meter.caller
+            model, version = self._services.store.lease(caller, name, self._body.user or self.id)
+            self._leased.append(version.digest)
+            self._named[name] = version.digest
+            if name == self._body.model:
+                self._billed_as = model.called_by(caller)
+        return self._named[name]
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if not ids:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+import json
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from deltaserve.engine.types import MAX_LOGPROBS
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 128
+MAX_MIXED = 8
+MAX_TOOLS = 128
 
 
 def _encodable(text: str) -> str:
@@ -36,14 +39,51 @@ class StreamOptions(Wire):
     include_usage: bool | None = None
 
 
-class ResponseFormat(Wire):
+class TextFormat(Wire):
     type: Literal["text"]
+
+
+class JsonObjectFormat(Wire):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Wire):
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: Text | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Wire):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat: TypeAlias = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class StructuredOutputs(Wire):
+    """vLLM's fields; one of them is given."""
+
+    json_: Annotated[dict[str, Any] | Text | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: Text | None = None
+    choice: Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1, max_length=1024)] | None = None
+    grammar: Text | None = None
+
+
+class MixedModel(Wire):
+    model: Text
+    weight: Annotated[float, Field(ge=0, le=1e6)]
 
 
 class Generation(Wire):
     """The fields that both endpoints share. None = the model's own default, else the server's."""
 
     model: Text
+    mixture: Annotated[list[MixedModel], Field(min_length=1, max_length=MAX_MIXED)] | None = None
+    mixture_divergence: Literal["reverse_kl", "forward_kl", "alpha"] | None = None
+    mixture_alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -62,6 +102,8 @@ class Generation(Wire):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -99,21 +141,90 @@ class TextPart(Wire):
     text: Text
 
 
+FunctionName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+class CalledFunction(Wire):
+    name: FunctionName
+    arguments: Text
+
+    @property
+    def parsed(self) -> Any:
+        """Templates write the arguments themselves."""
+        return json.loads(self.arguments or "{}")
+
+    @field_validator("arguments")
+    @classmethod
+    def _is_json(cls, text: str) -> str:
+        try:
+            json.loads(text or "{}")
+        except (ValueError, RecursionError):
+            raise ValueError("no JSON") from None
+        return text
+
+
+class ToolCall(Wire):
+    id: Annotated[Text, Field(max_length=128)]
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Message(Wire):
     role: Annotated[Text, Field(min_length=1, max_length=64)]
-    content: Text | list[TextPart]
+    content: Text | list[TextPart] | None = None
     name: Annotated[Text, Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Annotated[Text, Field(max_length=128)] | None = None
     # What the openai client sends back of an earlier answer: fields that this server leaves empty.
     refusal: None = None
-    tool_calls: None = None
     function_call: None = None
     annotations: None = None
     audio: None = None
 
-    def for_template(self) -> dict[str, str]:
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        named = {"name": self.name} if self.name is not None else {}
-        return {"role": self.role, "content": content, **named}
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        content = self.content or ""
+        made: dict[str, Any] = {
+            "role": self.role,
+            "content": content if isinstance(content, str) else "".join(part.text for part in content),
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.function.name, "arguments": call.function.parsed},
+                }
+                for call in self.tool_calls or ()
+            ],
+        }
+        return {key: value for key, value in made.items() if value or key == "content"}
+
+
+class Function(Wire):
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Wire):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Wire):
+    name: FunctionName
+
+
+class NamedTool(Wire):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatIn(Generation):
@@ -122,6 +233,8 @@ class ChatIn(Generation):
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None

@@ -17,7 +17,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,10 +34,8 @@ AMORTISE = 10  # a delta keeps its slot for this many times what it took to brin
 
 
 class Residency:
-    """Implements engine.types.DeltaGate. Thread-safe; `slots` is read by the runner during a step.
-
-    `on_loaded` hears of every move: the tier it came from (disk or host) and the seconds it took.
-    """
+    """Implements engine.types.DeltaGate. Thread-safe; `slots` is read by the runner during a step. `on_loaded` hears of
+    every move: the tier it came from (disk or host) and the seconds it took."""
 
     def __init__(
         self,
@@ -101,6 +99,14 @@ class Residency:
             if not self._pins[slot]:
                 self._settle()
 
+    def check_together(self, digests: Collection[DeltaDigest]) -> None:
+        """Raises BadRequest if these can never be on the device at once; a size is known after one load."""
+        with self._lock:
+            needed = {digest: self._sizes.get(digest, 0) for digest in (*digests, *self._kept)}
+        size, limit = sum(needed.values()), self._limits.device_bytes or math.inf
+        if len(needed) > len(self.slots) or (len(needed) > 1 and size > limit):
+            raise BadRequest(f"{size} bytes together; at most {len(self.slots)} are on the device", param="mixture")
+
     def want(self, digests: Sequence[DeltaDigest]) -> None:
         """All that is waited for, the first in turn first. What is not named is not waited for any more."""
         with self._lock:
@@ -111,8 +117,7 @@ class Residency:
     def overdue(self) -> list[Slot]:
         """Slots to be left now: the first that waits has waited for `max_wait_s`, and they were kept as long."""
         with self._lock:
-            first = self._first_without_room()
-            now, patience = self._clock(), self._limits.max_wait_s
+            first, now, patience = self._first_without_room(), self._clock(), self._limits.max_wait_s
             if first is None or now - self._wanted.get(first, now) < patience:
                 return []
             return [slot for slot in sorted(self._closed) if now - self._placed_s[slot] >= patience]
@@ -122,9 +127,7 @@ class Residency:
         BadRequest if no slot were left for all others."""
         with self._lock:
             if digest not in self._kept and len(self._kept) + 1 >= len(self.slots):
-                raise BadRequest(
-                    f"{len(self._kept)} deltas are kept on the device, and one of its slots must stay free"
-                )
+                raise BadRequest(f"the device keeps {len(self._kept)} deltas, and one of its slots must stay free")
             self._kept[digest] = None
             self._settle()
 

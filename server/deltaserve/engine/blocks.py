@@ -12,7 +12,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 
-from deltaserve.engine.types import Request
+from deltaserve.engine.types import Request, Row
 
 
 class BlockPool:
@@ -49,58 +49,68 @@ class BlockPool:
         found = self._find(request)
         if self._lacking(request, found) > len(self._free):
             return False
-        for block in found:
-            self._hold(block)
-        request.blocks = found
-        request.block_keys = [self._key_of[block] for block in found]
-        request.num_computed = len(found) * self.block_size
+        for row, blocks in zip(request.rows, found, strict=True):
+            for block in blocks:
+                self._hold(block)
+            row.blocks = blocks
+            row.block_keys = [self._key_of[block] for block in blocks]
+        request.num_computed = len(found[0]) * self.block_size
         return self.try_grow(request, len(request.tokens))
 
     def try_grow(self, request: Request, num_tokens: int) -> bool:
-        """Gives `request` the blocks its first `num_tokens` tokens need; False, and nothing changed, without them."""
-        missing = self.blocks_for(num_tokens) - len(request.blocks)
-        if missing > len(self._free):
+        """Gives every row of `request` the blocks its first `num_tokens` tokens need; False, and nothing changed,
+        without them."""
+        missing = [max(self.blocks_for(num_tokens) - len(row.blocks), 0) for row in request.rows]
+        if sum(missing) > len(self._free):
             return False
-        for _ in range(missing):
-            block = next(iter(self._free))
-            self._forget(block)
-            self._hold(block)
-            request.blocks.append(block)
+        for row, count in zip(request.rows, missing, strict=True):
+            for _ in range(count):
+                block = next(iter(self._free))
+                self._forget(block)
+                self._hold(block)
+                row.blocks.append(block)
         return True
 
     def publish(self, request: Request) -> None:
         """What is computed of `request` may be found from now on, as far as it fills blocks."""
         if self._salt is None:
             return
-        for place in range(len(request.block_keys), request.num_computed // self.block_size):
-            key = self._key(request, place, request.block_keys[-1] if place else self._root(request))
-            request.block_keys.append(key)
-            if key not in self._block_of:  # else the same was computed twice, and one is enough
-                self._block_of[key] = request.blocks[place]
-                self._key_of[request.blocks[place]] = key
+        for row in request.rows:
+            for place in range(len(row.block_keys), request.num_computed // self.block_size):
+                key = self._key(request, place, row.block_keys[-1] if place else self._root(request, row))
+                row.block_keys.append(key)
+                if key not in self._block_of:  # else the same was computed twice, and one is enough
+                    self._block_of[key] = row.blocks[place]
+                    self._key_of[row.blocks[place]] = key
 
     def release(self, request: Request, *, sound: bool = True) -> None:
         """Takes all blocks of `request` back. What is not `sound` is found by nobody any more."""
         if sound:
             self.publish(request)
-        for block in reversed(request.blocks):
-            if not sound:
-                self._forget(block)
-            self._holders[block] -= 1
-            if not self._holders[block]:
-                self._free[block] = None
-                if block not in self._key_of:
-                    self._free.move_to_end(block, last=False)
-        request.blocks = []
-        request.block_keys = []
+        for row in request.rows:
+            for block in reversed(row.blocks):
+                if not sound:
+                    self._forget(block)
+                self._holders[block] -= 1
+                if not self._holders[block]:
+                    self._free[block] = None
+                    if block not in self._key_of:
+                        self._free.move_to_end(block, last=False)
+            row.blocks = []
+            row.block_keys = []
 
-    def _find(self, request: Request) -> list[int]:
-        """Blocks that hold the first tokens of `request`, but its last one. A prompt whose log-probabilities are asked
-        for is read."""
-        found: list[int] = []
+    def _find(self, request: Request) -> list[list[int]]:
+        """For each row, blocks that hold the first tokens of `request`, but its last one: as many for all rows. A
+        prompt whose log-probabilities are asked for is read."""
         if self._salt is None or request.params.prompt_logprobs:
-            return found
-        key = self._root(request)
+            return [[] for _ in request.rows]
+        found = [self._find_of(request, row) for row in request.rows]
+        shortest = min(map(len, found))
+        return [blocks[:shortest] for blocks in found]
+
+    def _find_of(self, request: Request, row: Row) -> list[int]:
+        found: list[int] = []
+        key = self._root(request, row)
         for place in range((len(request.tokens) - 1) // self.block_size):
             key = self._key(request, place, key)
             if key not in self._block_of:
@@ -108,14 +118,14 @@ class BlockPool:
             found.append(self._block_of[key])
         return found
 
-    def _lacking(self, request: Request, found: list[int]) -> int:
-        shared = sum(self._holders[block] > 0 for block in found)
-        return self.blocks_for(len(request.tokens)) - shared
+    def _lacking(self, request: Request, found: list[list[int]]) -> int:
+        shared = sum(self._holders[block] > 0 for blocks in found for block in blocks)
+        return self.blocks_for(len(request.tokens)) * len(found) - shared
 
-    def _root(self, request: Request) -> bytes:
+    def _root(self, request: Request, row: Row) -> bytes:
         assert self._salt is not None
         salt = hashlib.blake2b(request.tenant.encode(), key=self._salt, digest_size=32).digest()
-        return salt + (request.digest or "").encode()
+        return salt + (row.digest or "").encode()
 
     def _key(self, request: Request, place: int, before: bytes) -> bytes:
         tokens = request.tokens[place * self.block_size : (place + 1) * self.block_size]

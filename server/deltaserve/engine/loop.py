@@ -146,32 +146,45 @@ class Engine:
         if not chunks:
             return bool(failed)
         began = time.monotonic()
-        try:
-            results = self._runner.run(chunks)
-        except Exception as error:
-            logger.exception("a step of %d requests failed", len(chunks))
-            for chunk in chunks:
-                failure = EngineFailure(f"the forward pass of this request's batch failed: {type(error).__name__}")
-                self._end(chunk.request, FinishReason.ERROR, error=failure)
-            if isinstance(error, torch.AcceleratorError):
-                raise  # the device's context is lost: /health turns 503, and a supervisor starts the server anew
-            return True
+        results = self._compute(chunks)
         now = time.monotonic()
-        self._observe(chunks, began, now)
-        for chunk, result in zip(chunks, results, strict=True):
+        done = [chunk for chunk, _ in results]
+        self._observe(done, began, now)
+        for chunk, result in results:
             try:
                 self._apply(chunk, result, now)
+            except DeltaServeError as error:
+                self._end(chunk.request, FinishReason.ERROR, error=error)
             except Exception:
                 logger.exception("request %s could not be continued", chunk.request.id)
                 failure = EngineFailure("this request's tokens could not be turned into text")
                 self._end(chunk.request, FinishReason.ERROR, error=failure)
         return True
 
+    def _compute(self, chunks: Sequence[Chunk]) -> list[tuple[Chunk, ChunkResult]]:
+        """The chunks that could be computed. Where all together fail, each is tried alone: whoever is at fault ends."""
+        try:
+            return list(zip(chunks, self._runner.run(chunks), strict=True))
+        except Exception as error:
+            logger.exception("a step of %d requests failed", len(chunks))
+            is_lost = isinstance(error, torch.AcceleratorError)
+            if len(chunks) == 1 or is_lost:
+                for chunk in chunks:
+                    failure = EngineFailure(f"the forward pass of this request failed: {type(error).__name__}")
+                    self._end(chunk.request, FinishReason.ERROR, error=failure)
+                if is_lost:
+                    raise  # the device's context is gone: /health turns 503, and a supervisor starts the server anew
+                return []
+        return [pair for chunk in chunks for pair in self._compute([chunk])]
+
     def _apply(self, chunk: Chunk, result: ChunkResult, now: float) -> None:
         request, sampled = chunk.request, result.sampled
+        if result.error is not None:
+            raise result.error
         request.num_computed += chunk.num_tokens
         request.prompt_reports += result.prompt_logprobs
         if sampled is None:
+            request.num_computed -= chunk.samples  # its grammar was not ready: the last token runs again
             return
         prompt: tuple[TokenLogprob, ...] = ()
         if request.params.prompt_logprobs and not request.num_generated:
@@ -183,6 +196,8 @@ class Engine:
             return self._end(request, FinishReason.LENGTH, Event(prompt_logprobs=prompt))
         token = sampled.token_id
         request.tokens.append(token)
+        for row, logprob in zip(request.rows, result.row_logprobs, strict=False):
+            row.logprob += logprob
         self._observe_token(request, now)
         reports = (sampled.logprob,) if sampled.logprob else ()
         reason, stop_reason, text = self._judge(request, token)
@@ -203,6 +218,8 @@ class Engine:
         text, matched = request.sink.push(token, enough)
         if matched is not None:
             return FinishReason.STOP, matched, text
+        if request.guide is not None and request.guide.advance(token):
+            return FinishReason.STOP, None, text + request.sink.finish()
         if request.num_generated >= p.max_tokens:
             return FinishReason.LENGTH, None, text + request.sink.finish()
         return None, None, text

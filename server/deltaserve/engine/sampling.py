@@ -1,8 +1,8 @@
 """Logits → one token for each row. What a row draws depends on its own logits and seed alone, never on its neighbours.
 
-Order, as in vLLM: logit_bias, min_tokens, penalties, temperature, min-p, top-k, top-p, draw. The draw inverts the
-cumulative distribution with one uniform number from the request's own generator. Log-probabilities are those of the
-logits as the model gave them.
+Order, as in vLLM: logit_bias, min_tokens and the grammar, penalties, temperature, min-p, top-k, top-p, draw. The draw
+inverts the cumulative distribution with one uniform number from the request's own generator. Log-probabilities are
+those of the logits as the model gave them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,7 +84,7 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[in
 def _changes_logits(request: Request) -> bool:
     p = request.params
     penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-    return penalised or bool(p.logit_bias) or request.num_generated < p.min_tokens
+    return penalised or bool(p.logit_bias) or request.num_generated < p.min_tokens or request.guide is not None
 
 
 def _change(row: Tensor, request: Request) -> None:
@@ -92,8 +93,10 @@ def _change(row: Tensor, request: Request) -> None:
     if p.logit_bias:
         ids, bias = zip(*p.logit_bias, strict=True)
         row[list(ids)] += torch.tensor(bias, device=row.device)
-    if request.num_generated < p.min_tokens:
-        ends = [token for token in {*request.eos_ids, *p.stop_token_ids} if token < len(row)]
+    ends = [token for token in {*request.eos_ids, *p.stop_token_ids} if token < len(row)]
+    if request.guide is not None:
+        row.masked_fill_(~_allowed(request, ends, len(row)).to(row.device), -torch.inf)
+    elif request.num_generated < p.min_tokens:
         row[ends] = -torch.inf
     if p.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(request.tokens)), device=row.device)
@@ -105,6 +108,19 @@ def _change(row: Tensor, request: Request) -> None:
             given = torch.tensor(list(counts), device=row.device)
             times = torch.tensor(list(counts.values()), device=row.device, dtype=row.dtype)
             row[given] -= p.presence_penalty + p.frequency_penalty * times
+
+
+def _allowed(request: Request, ends: Sequence[int], size: int) -> Tensor:
+    """bool [size]: what the request's grammar lets follow. min_tokens yields where nothing but the end may follow."""
+    assert request.guide is not None
+    mask, may_end = request.guide.allowed()
+    bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")[:size]
+    allowed = torch.zeros(size, dtype=torch.bool)
+    allowed[: len(bits)] = torch.from_numpy(bits).bool()
+    allowed[list(ends)] = False
+    if may_end and (request.num_generated >= request.params.min_tokens or not bool(allowed.any())):
+        allowed[list(ends)] = True
+    return allowed
 
 
 def _draw(logits: Tensor, requests: Sequence[Request], generators: Generators) -> Tensor:

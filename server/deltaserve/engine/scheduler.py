@@ -10,6 +10,8 @@ are waited for, in turn, and may ask for a slot back from those who run. When se
 out, a party that has fewer than its share takes those of the newest request of the party that has the most; when a
 running request finds no block, the same one gives its own back. Whoever gives way is computed again later. A request
 that all blocks together cannot hold fails, so that it does not wait for ever before the others.
+
+A mixture's rows run in the same step or not at all, and each counts: against seats, tokens of the step, and blocks.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from deltaserve.engine.blocks import BlockPool
 from deltaserve.engine.fairness import FairQueue
-from deltaserve.engine.types import DeltaGate, Request
-from deltaserve.errors import ContextLengthExceeded, DeltaServeError
-from deltaserve.ids import BASE_SLOT, Slot
+from deltaserve.engine.types import DeltaGate, Request, Row
+from deltaserve.errors import BadRequest, ContextLengthExceeded, DeltaServeError
+from deltaserve.ids import BASE_SLOT, DeltaDigest, Slot
 
 LATELY = 256  # steps
 
@@ -69,9 +71,10 @@ class Scheduler:
         self.blocks = blocks
         self.waiting = FairQueue(weights or {})
         self.running: list[Request] = []
-        self.seats: Counter[str] = Counter()  # running requests of each party
+        self.seats: Counter[str] = Counter()  # rows of running requests of each party
         self.num_preemptions = 0
         self._largest: float | None = None  # see _to_give_way; None: to be found again
+        self._gathering: Request | None = None  # the mixture that keeps some pins while it waits for the others
         self._gate = gate
         self._max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that all who decode do so in every step
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -89,7 +92,7 @@ class Scheduler:
 
     @property
     def num_free_seats(self) -> int:
-        return max(self._max_num_seqs - len(self.running), 0)
+        return max(self._max_num_seqs - self.seats.total(), 0)
 
     def add(self, request: Request) -> None:
         self.waiting.add(request)
@@ -102,18 +105,20 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
         self.blocks.release(request, sound=sound)
-        self._unpin(request)
+        self._unpin(request, request.rows)
 
     def plan(self) -> tuple[list[Chunk], list[tuple[Request, DeltaServeError]]]:
-        """The next step's chunks, sorted by slot; and waiting requests that cannot be served, to be removed."""
+        """The next step's chunks; and waiting requests that cannot be served, to be removed."""
         plan = StepPlan(self._max_num_batched_tokens, self._tokens_each())
         for slot in self._gate.overdue():
             self._vacate(plan, slot)
-        self._gate.want(list(dict.fromkeys(r.digest for r in self.waiting if r.digest and not r.pinned)))
+        self._gate.want(
+            list(dict.fromkeys(w.digest for r in self.waiting for w in r.rows if w.digest is not None and not w.pinned))
+        )
         for request in self.running:
             self.blocks.publish(request)  # the last step's
         for request in [r for r in self.running if r.num_pending == 1]:
-            if plan.left and request in self.running and self._grow_or_preempt(plan, request):
+            if plan.left >= len(request.rows) and request in self.running and self._grow_or_preempt(plan, request):
                 self._take(plan, request)
         pending: dict[str, deque[Request]] = {}
         for request in [*(r for r in self.running if r.num_pending > 1), *self.waiting]:
@@ -129,7 +134,7 @@ class Scheduler:
             if self._take_first(plan, pending[party]):
                 least, smallest = min((least, smallest), (self.seats[party] / weight, party))
                 heapq.heappush(turns, (*self._turn(party), party))
-        return sorted(plan.chunks.values(), key=lambda chunk: chunk.request.slot), list(plan.failed.items())
+        return list(plan.chunks.values()), list(plan.failed.items())
 
     def _turn(self, party: str) -> tuple[float, int, int]:
         counter, since = self.waiting.turn(party)
@@ -141,7 +146,7 @@ class Scheduler:
             request = pending.popleft()
             if request in plan.failed or (request in self.waiting and not self._admit(plan, request, pending)):
                 continue
-            if request in self.running and request not in plan.chunks:
+            if request in self.running and request not in plan.chunks and plan.left >= len(request.rows):
                 self._take(plan, request)
                 return True
         return False
@@ -162,39 +167,38 @@ class Scheduler:
 
     def _take(self, plan: StepPlan, request: Request) -> None:
         """What was computed before and given back is not charged again."""
-        chunk = Chunk(request, request.num_computed, min(request.num_pending, self._room(plan, request.party)))
-        plan.left -= chunk.num_tokens
-        plan.read[request.party] += chunk.num_tokens
+        rows = len(request.rows)
+        most = max(self._room(plan, request.party) // rows, 1)
+        chunk = Chunk(request, request.num_computed, min(request.num_pending, most))
+        plan.left -= chunk.num_tokens * rows
+        plan.read[request.party] += chunk.num_tokens * rows
         plan.chunks[request] = chunk
         end = min(chunk.start + chunk.num_tokens, len(request.prompt_ids))
         new = max(end - max(chunk.start, request.num_charged), 0)
         request.num_charged += new
-        self.waiting.charge(request.party, new, chunk.samples)
+        self.waiting.charge(request.party, new * rows, chunk.samples * rows)
 
     def _admit(self, plan: StepPlan, request: Request, behind: deque[Request]) -> bool:
         """Lets a waiting request in. Where it lacks a seat or blocks, those of its party `behind` it wait too."""
-        if self.blocks.blocks_for(len(request.tokens)) > self.blocks.num_blocks:
-            room = self.blocks.num_blocks * self.blocks.block_size
-            error = f"{len(request.tokens)} tokens, but the KV cache has room for {room}"
-            plan.failed[request] = ContextLengthExceeded(error)
+        try:
+            self._check_fits(request)
+        except DeltaServeError as failure:
+            plan.failed[request] = failure
             return False
-        if plan.full or self.seats[request.party] >= self._most_seats or self._to_give_way(request.party, 0) is None:
+        rows = len(request.rows)
+        lacks_seats = self.seats[request.party] + rows > self._most_seats
+        if plan.full or lacks_seats or plan.left < rows or self._to_give_way(request.party, rows, 0) is None:
             behind.clear()
             return False
-        had_pin = request.pinned
-        try:
-            if not self._try_pin(request):
-                return False
-        except DeltaServeError as failure:
-            plan.failed |= {other: failure for other in self.waiting if other.digest == request.digest}
+        had_pins = [row for row in request.rows if row.pinned]
+        if not self._try_pin(plan, request):
             return False
         # Room for the whole request as it stands, so that a large prompt does not evict what it just let in.
-        victims = self._to_give_way(request.party, self.blocks.num_lacking(request))
+        victims = self._to_give_way(request.party, rows, self.blocks.num_lacking(request))
         for victim in victims or ():
             self._preempt(plan, victim)
         if victims is None or not self.blocks.try_start(request):
-            if not had_pin:
-                self._unpin(request)
+            self._unpin(request, [row for row in request.rows if row not in had_pins])
             plan.full = True
             behind.clear()
             return False
@@ -202,16 +206,28 @@ class Scheduler:
             request.num_cached = request.num_computed
         self.waiting.remove(request)
         self.running.append(request)
-        self.seats[request.party] += 1
+        self.seats[request.party] += rows
         self._largest = None
         return True
 
-    def _to_give_way(self, party: str, num_blocks: int) -> list[Request] | None:
-        """Running requests whose seats and blocks would give `party` one seat more and `num_blocks` blocks: of parties
-        that were served more and then still have as many seats as it, by weight. None if that cannot be had."""
-        if self.num_free_seats and self.blocks.num_free >= num_blocks:
+    def _check_fits(self, request: Request) -> None:
+        """Raises for what could wait for ever."""
+        rows, most = len(request.rows), min(self._max_num_seqs, self._most_seats)
+        if rows > most:
+            raise BadRequest(f"a mixture of {rows} models; at most {most} sequences run", param="mixture")
+        if self.blocks.blocks_for(len(request.tokens)) * rows > self.blocks.num_blocks:
+            room = self.blocks.num_blocks // rows * self.blocks.block_size
+            each = f" for each of its {rows} models" if rows > 1 else ""
+            raise ContextLengthExceeded(f"{len(request.tokens)} tokens, but the KV cache has room for {room}{each}")
+        if request.others:
+            self._gate.check_together({row.digest for row in request.rows if row.digest is not None})
+
+    def _to_give_way(self, party: str, num_seats: int, num_blocks: int) -> list[Request] | None:
+        """Running requests whose seats and blocks would give `party` that many more: of parties that were served more
+        and then still have as many seats as it, by weight. None if that cannot be had."""
+        if self.num_free_seats >= num_seats and self.blocks.num_free >= num_blocks:
             return []
-        queue, share = self.waiting, (self.seats[party] + 1) / self.waiting.weight(party)
+        queue, share = self.waiting, (self.seats[party] + num_seats) / self.waiting.weight(party)
         if self._largest is None:  # what the party with the most seats would still have without one of them
             self._largest = max(((n - 1) / queue.weight(other) for other, n in self.seats.items()), default=0.0)
         if self._largest < share:
@@ -219,29 +235,51 @@ class Scheduler:
         victims, seats = list[Request](), self.seats.copy()
         served_more = [other for other in seats if seats[other] and queue.counter(other) > queue.counter(party)]
         free_seats, free_blocks = self.num_free_seats, self.blocks.num_free
-        while not free_seats or free_blocks < num_blocks:
+        while free_seats < num_seats or free_blocks < num_blocks:
             most = max(served_more, key=lambda other: (seats[other] - 1) / queue.weight(other), default=party)
-            seats[most] -= 1
-            if most == party or seats[most] / queue.weight(most) < share:
+            victim = next((r for r in reversed(self.running) if r.party == most and r not in victims), None)
+            if most == party or victim is None:
                 return None
-            victims.append(next(r for r in reversed(self.running) if r.party == most and r not in victims))
-            free_seats += 1
-            free_blocks += len(victims[-1].blocks)
+            seats[most] -= len(victim.rows)
+            if seats[most] / queue.weight(most) < share:
+                return None
+            victims.append(victim)
+            free_seats += len(victim.rows)
+            free_blocks += sum(len(row.blocks) for row in victim.rows)
         return victims
 
-    def _try_pin(self, request: Request) -> bool:
-        if request.digest is None or request.pinned:
+    def _try_pin(self, plan: StepPlan, request: Request) -> bool:
+        """Every delta of `request`, or False. One mixture at a time keeps what it got while it waits for the rest: with
+        none, loads for one would evict what was loaded for the other; with two, each could wait for the other's.
+        Whoever waits for a delta that failed fails with it."""
+        missing = [(row, row.digest) for row in request.rows if row.digest is not None and not row.pinned]
+        got: list[Row] = []
+        for row, digest in missing:
+            try:
+                slot = self._gate.try_pin(digest)
+            except DeltaServeError as failure:
+                plan.failed |= {other: failure for other in self.waiting if _waits_for(other, digest)}
+                return False
+            if slot is not None:
+                row.slot, row.pinned = slot, True
+                got.append(row)
+        if len(got) == len(missing):
+            if self._gathering is request:
+                self._gathering = None
             return True
-        slot = self._gate.try_pin(request.digest)
-        if slot is None:
-            return False
-        request.slot, request.pinned = slot, True
-        return True
+        if self._gathering in (None, request) and request.others:
+            self._gathering = request
+        else:
+            self._unpin(request, got)
+        return False
 
-    def _unpin(self, request: Request) -> None:
-        if request.pinned:
-            self._gate.unpin(request.slot)
-        request.slot, request.pinned = BASE_SLOT, False
+    def _unpin(self, request: Request, rows: Iterable[Row]) -> None:
+        for row in rows:
+            if row.pinned:
+                self._gate.unpin(row.slot)
+            row.slot, row.pinned = BASE_SLOT, False
+        if self._gathering is request and not any(row.pinned for row in request.rows):
+            self._gathering = None
 
     def _grow_or_preempt(self, plan: StepPlan, request: Request) -> bool:
         while not self.blocks.try_grow(request, len(request.tokens)):
@@ -258,9 +296,10 @@ class Scheduler:
         """Back to the head of its queue. It keeps its tokens and its pin."""
         chunk = plan.chunks.pop(victim, None)
         if chunk is not None:
-            plan.left += chunk.num_tokens
-            plan.read[victim.party] -= chunk.num_tokens
-            self.waiting.charge(victim.party, 0, -chunk.samples)
+            rows = len(victim.rows)
+            plan.left += chunk.num_tokens * rows
+            plan.read[victim.party] -= chunk.num_tokens * rows
+            self.waiting.charge(victim.party, 0, -chunk.samples * rows)
         self._leave(victim)
         self.blocks.release(victim)
         victim.num_computed = 0
@@ -270,14 +309,18 @@ class Scheduler:
 
     def _vacate(self, plan: StepPlan, slot: Slot) -> None:
         """Its requests wait for their delta again."""
-        for request in [r for r in self if r.pinned and r.slot == slot]:
+        for request in [r for r in self if any(row.pinned and row.slot == slot for row in r.rows)]:
             if request in self.running:
                 self._preempt(plan, request)
-            self._unpin(request)
+            self._unpin(request, request.rows)
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
         self._largest = None
-        self.seats[request.party] -= 1
+        self.seats[request.party] -= len(request.rows)
         if not self.seats[request.party]:
             del self.seats[request.party]
+
+
+def _waits_for(request: Request, digest: DeltaDigest) -> bool:
+    return any(row.digest == digest and not row.pinned for row in request.rows)

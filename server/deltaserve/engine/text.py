@@ -34,6 +34,10 @@ class Profile:
     vocab_size: int  # ids below are embedded
     longest_token: int  # characters; no text has fewer tokens than its length / this
 
+    def shares_vocabulary(self, other: Profile) -> bool:
+        """Does every id mean the same to both?"""
+        return self.tokenizer is other.tokenizer or self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+
     def token_text(self, token_id: int) -> str:
         """One token by itself; what a byte-level token means alone may be no character."""
         return str(self.tokenizer.decode([token_id], skip_special_tokens=False))
@@ -74,13 +78,19 @@ class TextSide:
                 self._profiles.popitem(last=False)
         return made
 
-    def chat_prompt(self, profile: Profile, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def chat_prompt(
+        self,
+        profile: Profile,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation and the opening of the answer. Raises TemplateError, BadRequest."""
         if profile.chat_template is None:
             raise BadRequest("this model has no chat template; send its prompt to /v1/completions", param="messages")
         variables = {
             **profile.tokenizer.special_tokens_map,
             "messages": list(messages),
+            "tools": None if tools is None else list(tools),
             "add_generation_prompt": True,
         }
         text = self._renderer.render(profile.chat_template, variables)

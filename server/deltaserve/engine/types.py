@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -78,15 +78,51 @@ class TextSink(Protocol):
         ...
 
 
-@dataclass(eq=False)
-class Request:
+class Guide(Protocol):
+    """What may follow in one sequence (engine.grammars)."""
+
+    def is_ready(self, deadline_s: float) -> bool:
+        """Is the next mask there by `deadline_s` of the monotonic clock? Raises GrammarError if it takes too long."""
+        ...
+
+    def allowed(self) -> tuple[bytes, bool]:
+        """(one bit a token id, lowest first; may the sequence end here). Raises GrammarError."""
+        ...
+
+    def advance(self, token_id: int) -> bool:
+        """Takes the next token; True if nothing may follow it. Raises GrammarError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How the next-token distributions of a request's rows become one (engine.mixtures)."""
+
+    weights: tuple[float, ...]  # one a row, positive, sum 1
+    alpha: float = 0.0  # 0 = linear in log-probabilities
+
+
+@dataclass(eq=False, kw_only=True)
+class Row:
+    """One model on its way through a sequence of tokens: what it holds of the device."""
+
+    digest: DeltaDigest | None  # None = the base
+    blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)  # of the first of them (engine.blocks)
+    slot: Slot = BASE_SLOT
+    pinned: bool = False
+    logprob: float = 0.0  # of the tokens generated so far, under this model alone; kept for mixtures with alpha only
+
+
+@dataclass(eq=False, kw_only=True)
+class Request(Row):
     """One sequence on its way through the engine.
 
-    tokens = prompt + generated; [0, num_computed) of them are in the KV cache. The engine's thread owns it.
+    tokens = prompt + generated; [0, num_computed) of them are in the KV cache of every row. A mixture runs the same
+    tokens through several models: it is the first row itself, and `others` are the rest. The engine's thread owns it.
     """
 
     id: RequestId
-    digest: DeltaDigest | None  # None = the base
     prompt_ids: Sequence[int]
     params: SamplingParams
     eos_ids: frozenset[int]
@@ -99,10 +135,9 @@ class Request:
     num_computed: int = 0
     num_charged: int = 0  # tokens of the prompt that its party's counter knows of
     num_cached: int | None = None  # tokens of the prompt whose KV was found when it first ran
-    blocks: list[int] = field(default_factory=list)
-    block_keys: list[bytes] = field(default_factory=list)  # of the first of them (engine.blocks)
-    slot: Slot = BASE_SLOT
-    pinned: bool = False
+    guide: Guide | None = None
+    mixture: Mixture | None = None
+    others: tuple[Row, ...] = ()
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -111,6 +146,10 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt_ids)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return (self, *self.others)
 
     @property
     def party(self) -> str:
@@ -135,6 +174,9 @@ class DeltaGate(Protocol):
         ...
 
     def unpin(self, slot: Slot) -> None: ...
+
+    def check_together(self, digests: Collection[DeltaDigest]) -> None:
+        """Raises BadRequest if these can never be on the device at the same time."""
 
     def want(self, digests: Sequence[DeltaDigest]) -> None:
         """Deltas that requests wait for, the first in turn first."""
