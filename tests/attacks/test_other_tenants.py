@@ -47,7 +47,7 @@ class Api:
         return {"method": method, "url": url, "json": value}
 
     def _value(self, schema: dict[str, Any], model: str, name: str = "") -> Any:
-        """A small instance of a schema: what must be there, and what names something."""
+        """A small instance of a schema: what must be there, what names something, and what a message says."""
         if "$ref" in schema:
             schema = self._schemas[schema["$ref"].rpartition("/")[2]]
         for choice in schema.get("anyOf", schema.get("oneOf", [])):
@@ -57,7 +57,7 @@ class Api:
         match schema.get("type"):
             case "object":
                 needed = schema.get("required", [])
-                named = {"model", "name", "tenant", "id"} & schema.get("properties", {}).keys()
+                named = {"model", "name", "tenant", "id", "content"} & schema.get("properties", {}).keys()
                 fields = {key: schema["properties"][key] for key in {*needed, *named}}
                 return {key: self._value(value, model, key) for key, value in fields.items()}
             case "array":
