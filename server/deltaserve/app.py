@@ -16,13 +16,14 @@ import transformers
 from fastapi import FastAPI
 
 from deltaserve import __version__
-from deltaserve.api import admin, chat, completions, deltas, errors, health, models, usage
+from deltaserve.api import admin, chat, completions, deltas, errors, health, models, uploads, usage
 from deltaserve.api.deps import Services, needs
 from deltaserve.api.middleware import Authenticate, Identify
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.intake import Intake
 from deltaserve.deltas.limits import Limits
+from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.store import DeltaStore
 from deltaserve.engine.blocks import BlockPool
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 MAX_THREADS = 512  # most of them asleep, waiting for disks, templates and tokenizers
 MAX_UPLOADS = max((os.cpu_count() or 1) // 4, 1)  # that are written or checked at once: serving needs the other cores
 LONGEST_DEFAULT = 8192  # tokens of max_model_len where the settings do not say
+SWEEP_S = 60.0
 Gauge = tuple[str, str, dict[str, str], float]
 
 
@@ -117,6 +119,8 @@ def build_services(settings: Settings) -> Services:
             text.check_template(artifact.manifest.chat_template)
 
     intake = Intake(store, base, [model.check_servable, check_template], settings.max_upload_bytes)
+    gate = Gate()
+    parted = PartStore(registry, accounts, store, intake.accept, gate, expires_s=settings.upload_expires_s)
     runner = Runner(model, residency.slots, settings.block_size)
     blocks = BlockPool(num_blocks, settings.block_size, os.urandom(32) if settings.prefix_caching else None)
     _warm_up(runner, model, text, blocks)
@@ -160,10 +164,11 @@ def build_services(settings: Settings) -> Services:
         registry=registry,
         accounts=accounts,
         keys=keys,
-        gate=Gate(),
+        gate=gate,
         usage=Usage(registry),
         store=store,
         intake=intake,
+        parts=parted,
         residency=residency,
         metrics=metrics,
         upload_pool=ThreadPoolExecutor(MAX_UPLOADS, thread_name_prefix="upload"),
@@ -185,7 +190,9 @@ def create_app(services: Services) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
         # Requests wait in threads for a template or a tokenizer; a slow tenant must not take the last one.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MAX_THREADS))
+        sweeping = asyncio.create_task(_sweep(services))
         yield
+        sweeping.cancel()
         services.engine.stop()
         await asyncio.sleep(0)  # the last events are heard, and billed
         close_services(services)
@@ -201,6 +208,7 @@ def create_app(services: Services) -> FastAPI:
         (deltas.router, either),
         (models.changing, needs(Scope.MANAGE)),
         (deltas.changing, needs(Scope.MANAGE)),
+        (uploads.router, needs(Scope.MANAGE)),
         (health.metrics_router, needs(Scope.METRICS)),
         (health.router, needs(*Scope)),
         (usage.router, either),
@@ -223,6 +231,16 @@ def close_services(services: Services) -> None:
     services.grammars.close()
     services.usage.close()
     services.registry.close()
+
+
+async def _sweep(services: Services) -> None:
+    """Expired uploads go although nobody asks for them."""
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        try:
+            await asyncio.to_thread(services.parts.sweep)
+        except Exception:  # a full disk, perhaps: the next round tries again
+            logger.exception("expired uploads were not removed")
 
 
 def _device(name: str) -> torch.device:

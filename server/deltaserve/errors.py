@@ -8,6 +8,7 @@
     │   ├── InvalidName                     invalid_name               400
     │   ├── TemplateError                   chat_template_error        400
     │   ├── GrammarError                    invalid_grammar            400
+    │   ├── UploadClosed                    upload_closed              400
     │   └── DigestMismatch                  digest_mismatch            400
     ├── AuthenticationFailed                invalid_api_key            401
     ├── PermissionDenied                    insufficient_permissions   403
@@ -83,6 +84,10 @@ class TemplateError(BadRequest):
 
 class GrammarError(BadRequest):
     code = "invalid_grammar"
+
+
+class UploadClosed(BadRequest):
+    code = "upload_closed"
 
 
 class DigestMismatch(BadRequest):

@@ -87,6 +87,9 @@ class Settings(BaseSettings):
         30.0, ge=0, description="seconds a delta waits for those in use to end; then they wait for it"
     )
     max_upload_bytes: int = Field(16 * 2**30, ge=1, description="largest artifact that is accepted")
+    upload_expires_s: int = Field(
+        86400, ge=1, le=30 * 86400, description="seconds after its last part that an upload in parts waits for the next"
+    )
     keep_versions: int = Field(3, ge=1, le=1000, description="versions of a model that stay, to roll back to")
     shutdown_timeout_s: int = Field(30, ge=0, description="seconds that running requests get after SIGTERM")
     keep_alive_timeout_s: int = Field(

@@ -116,6 +116,7 @@ async def delete_tenant(name: str, services: ServicesDep, caller: CallerDep) -> 
     def delete() -> None:
         tenant = services.accounts.named(name)
         services.accounts.check_deletable(tenant)
+        services.parts.cancel_all(tenant)
         services.store.delete_all(tenant, str(caller))
         services.accounts.delete(tenant, str(caller))
         services.keys.reload()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from functools import partial
 from typing import Annotated, Any
 
@@ -70,7 +71,7 @@ def _reply(card: dict[str, Any], model: Model, status: int = 200) -> JSONRespons
     return JSONResponse(card, status, {"ETag": model.etag})
 
 
-def _destination(services: Services, caller: Caller, called: str, activate: bool, when: Condition) -> Destination:
+def destination(services: Services, caller: Caller, called: str, activate: bool, when: Condition) -> Destination:
     """NAME, or TENANT:NAME for an admin. Raises InvalidName, NameConflict, NotFound, PreconditionFailed."""
     if called == services.base_id:
         raise NameConflict(f"{called!r} is the base model's id; choose another name", param="name")
@@ -82,6 +83,15 @@ def _destination(services: Services, caller: Caller, called: str, activate: bool
         owner = services.accounts.named(tenant)
     check_name(name)
     return Destination(owner, name, str(caller), activate, when)
+
+
+def largest(services: Services, to: Destination, declared: int) -> int:
+    """Bytes that an upload may have. Raises ArtifactTooLarge where more are declared."""
+    quota = to.owner.limits.max_bytes
+    most = services.intake.max_bytes if quota is None else min(services.intake.max_bytes, quota)
+    if declared > most:
+        raise ArtifactTooLarge(f"{declared} bytes; at most {most} are accepted")
+    return most
 
 
 async def _receive(services: Services, http: Request, to: Destination, max_bytes: int, sha256: str | None) -> Stored:
@@ -114,13 +124,11 @@ async def upload_delta(
     """The body is the artifact. Acknowledged when it is checked and safe on disk; 201 for a new name, else 200.
     `activate=false`: a name that is there points where it pointed."""
     services.refuse_if_draining()
-    to = _destination(services, caller, name, activate, when)
+    http.state.max_body_bytes = math.inf  # below is its own bound
+    to = destination(services, caller, name, activate, when)
     when.check(await asyncio.to_thread(services.store.models.own, to.owner.id, to.name))  # now, and when it is stored
     declared = http.headers.get("content-length", "")
-    quota = to.owner.limits.max_bytes
-    most = services.intake.max_bytes if quota is None else min(services.intake.max_bytes, quota)
-    if declared.isdigit() and int(declared) > most:
-        raise ArtifactTooLarge(f"{declared} bytes; at most {most} are accepted")
+    most = largest(services, to, int(declared) if declared.isdigit() else 0)
     num_bytes = int(declared) if declared.isdigit() else most
     with services.gate.upload(to.owner.id, to.owner.limits, num_bytes):
         stored = await _receive(services, http, to, most, sha256)

@@ -13,6 +13,7 @@ from fastapi.params import Depends as Dependency
 from fastapi.security import HTTPBearer
 
 from deltaserve.deltas.intake import Intake
+from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.store import DeltaStore
 from deltaserve.engine.grammars import Grammars
@@ -51,6 +52,7 @@ class Services:
     usage: Usage
     store: DeltaStore
     intake: Intake
+    parts: PartStore
     residency: Residency
     metrics: Metrics
     upload_pool: ThreadPoolExecutor

@@ -19,7 +19,7 @@ from deltaserve.tenants.keys import Keys
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_BODY_BYTES = 32 * 2**20  # of every request but an upload, which has a bound of its own
+MAX_BODY_BYTES = 32 * 2**20  # of every request whose handler sets no other `max_body_bytes` in its state
 OPEN_PATHS = frozenset({"/health"})
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -34,7 +34,9 @@ class Identify:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        scope.setdefault("state", {})["reply_headers"] = {}  # what handlers add, to errors too
+        state = scope.setdefault("state", {})
+        state["reply_headers"] = {}  # what handlers add, to errors too
+        state["max_body_bytes"] = MAX_BODY_BYTES
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else uuid.uuid4().hex
         method = scope["method"] if scope["method"] in METHODS else "other"  # a label's values must be few
@@ -45,8 +47,8 @@ class Identify:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > MAX_BODY_BYTES and method != "PUT":
-                raise BadRequest(f"the body is over {MAX_BODY_BYTES} bytes")
+            if num_bytes > state["max_body_bytes"]:
+                raise BadRequest(f"the body is over {state['max_body_bytes']} bytes")
             return message
 
         async def identified(message: Message) -> None:

@@ -26,12 +26,19 @@ class Intake:
     def begin(self, max_bytes: int) -> Upload:
         return self._store.begin_upload(max_bytes)
 
-    def accept(self, to: Destination, upload: Upload, expected_sha256: str | None) -> Stored:
-        """A whole upload becomes a version. Raises whatever is wrong with it; then nothing is kept."""
+    def accept(
+        self,
+        to: Destination,
+        upload: Upload,
+        expected_sha256: str | None,
+        also: Callable[[Stored], None] = lambda stored: None,
+    ) -> Stored:
+        """A whole upload becomes a version; `also` is written with it. Raises whatever is wrong with it; then nothing
+        is kept."""
         digest = upload.finish(expected_sha256)
         artifact = Artifact.open(upload.path)
         self.check(artifact)
-        return self._store.commit(to, upload, digest, summary(artifact))
+        return self._store.commit(to, upload, digest, summary(artifact), also)
 
     def check(self, artifact: Artifact) -> None:
         check_against_base(artifact, self._base)

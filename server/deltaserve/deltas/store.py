@@ -2,6 +2,7 @@
 
     ROOT/objects/ab/abcd….safetensors     content-addressed, written once
     ROOT/incoming/                        uploads under way; emptied at start
+    ROOT/parts/                           `deltas.parts`
     ROOT/registry.sqlite, ROOT/lock       `tenants.registry`
 
 An upload is acknowledged after its bytes and its registry row are synced to disk. A crash at any point leaves the old
@@ -120,9 +121,16 @@ class DeltaStore:
     def begin_upload(self, max_bytes: int) -> Upload:
         return Upload(self._incoming, max_bytes)
 
-    def commit(self, to: Destination, upload: Upload, digest: DeltaDigest, summary: dict[str, Any]) -> Stored:
+    def commit(
+        self,
+        to: Destination,
+        upload: Upload,
+        digest: DeltaDigest,
+        summary: dict[str, Any],
+        also: Callable[[Stored], None] = lambda stored: None,
+    ) -> Stored:
         """A finished upload becomes a version, and the name points to it. Bytes that the model has already are the
-        version they were. Raises InvalidName, StorageFull."""
+        version they were. `also` is written with it, or neither is. Raises InvalidName, StorageFull."""
         check_name(to.name)
         with self._lock, disk_full_is_an_answer():
             before = self.models.own(to.owner.id, to.name)
@@ -130,6 +138,7 @@ class DeltaStore:
                 self._place(upload, digest)
                 with self._registry.write():  # the new version comes and an old one goes, or neither
                     stored, replaced = self._record(to, before, upload.num_bytes, digest, summary)
+                    also(stored)
             except BaseException:
                 self._remove_if_unused(digest)
                 raise

@@ -160,7 +160,15 @@ class Gate:
     @contextmanager
     def upload(self, tenant_id: int, limits: Limits, num_bytes: int) -> Iterator[None]:
         """While an upload of so many bytes at most is under way. Raises RateLimited where all of a tenant's together
-        would be over `max_bytes`: so the disk never holds more than twice that of it."""
+        would be over `max_bytes`: so the disk never holds more than twice that of it, and what a complete joins."""
+        self.reserve(tenant_id, limits, num_bytes)
+        try:
+            yield
+        finally:
+            self.release(tenant_id, num_bytes)
+
+    def reserve(self, tenant_id: int, limits: Limits, num_bytes: int) -> None:
+        """`upload` that lasts until `release`. Raises RateLimited."""
         with self.account(tenant_id, limits) as account:
             if limits.max_bytes is not None and account.uploading + num_bytes > limits.max_bytes:
                 raise RateLimited(
@@ -168,11 +176,10 @@ class Gate:
                     retry_after_s=1,
                 )
             account.uploading += num_bytes
-        try:
-            yield
-        finally:
-            with self.account(tenant_id, limits) as account:
-                account.uploading -= num_bytes
+
+    def release(self, tenant_id: int, num_bytes: int) -> None:
+        with self._lock:
+            self._accounts[tenant_id].uploading -= num_bytes
 
     @contextmanager
     def account(self, tenant_id: int, limits: Limits) -> Iterator[_Account]:

@@ -62,7 +62,19 @@ USAGE = (
         PRIMARY KEY (tenant, model, day)
     ) STRICT""",
 )
-STEPS = (FIRST, TENANTS, USAGE)
+UPLOADS = (
+    """CREATE TABLE uploads (
+        id TEXT PRIMARY KEY, tenant INTEGER NOT NULL REFERENCES tenants, name TEXT NOT NULL, filename TEXT NOT NULL,
+        purpose TEXT NOT NULL, bytes INTEGER NOT NULL, activates INTEGER NOT NULL, created INTEGER NOT NULL,
+        expires INTEGER NOT NULL, status TEXT NOT NULL DEFAULT 'pending', result TEXT
+    ) STRICT""",
+    "CREATE INDEX uploads_by_status ON uploads (status, expires)",
+    """CREATE TABLE upload_parts (
+        upload TEXT NOT NULL REFERENCES uploads ON DELETE CASCADE, digest TEXT NOT NULL, bytes INTEGER NOT NULL,
+        created INTEGER NOT NULL, PRIMARY KEY (upload, digest)
+    ) STRICT""",
+)
+STEPS = (FIRST, TENANTS, USAGE, UPLOADS)
 
 
 def migrate(connection: sqlite3.Connection) -> None:

@@ -1,0 +1,262 @@
+"""Uploads in parts, on disk: they come in any order, several at once, across restarts; complete joins them.
+
+    ROOT/parts/UPLOAD/SHA256     a part; in incoming/ until it is whole
+
+A part is acknowledged after its bytes and its row are synced to disk. What lies here without a row is removed at the
+next start; an upload that waits too long for its next part goes with all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+from deltaserve.deltas.store import DeltaStore, Destination, Stored, Upload
+from deltaserve.deltas.tensorfile import sync_directory
+from deltaserve.errors import BadRequest, DigestMismatch, NotFound, RateLimited
+from deltaserve.tenants.accounts import Accounts, Caller, Tenant
+from deltaserve.tenants.limits import UNLIMITED, Gate, Limits
+from deltaserve.tenants.registry import Registry, disk_full_is_an_answer
+from deltaserve.tenants.uploads import Part, PartedUpload, PartedUploads, Status
+
+MAX_PART_BYTES = 64 * 2**20  # OpenAI's
+MAX_PARALLEL = 16  # parts of one upload that are received at once
+PIECE_BYTES = 2**20
+
+
+class Accept(Protocol):
+    """`Intake.accept`."""
+
+    def __call__(
+        self, to: Destination, upload: Upload, expected_sha256: str | None, also: Callable[[Stored], None], /
+    ) -> Stored: ...
+
+
+class PartStore:
+    """Thread-safe. The bytes that an upload declared count as under way from its first part to its end."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        accounts: Accounts,
+        store: DeltaStore,
+        accept: Accept,
+        gate: Gate,
+        *,
+        expires_s: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.uploads = PartedUploads(registry, expires_s, clock)
+        self._accounts = accounts
+        self._store = store
+        self._accept = accept
+        self._gate = gate
+        self._root = registry.root / "parts"
+        self._root.mkdir(exist_ok=True)
+        self._lock = threading.Lock()  # rows and files change together
+        self._held: set[str] = set()  # uploads with parts
+        self._claims: Counter[str] = Counter()  # uploads → parts being received, and one for those that are held
+        self._claiming = threading.Lock()
+        self._ends: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()  # who may end an upload
+        self._recover()
+
+    def _recover(self) -> None:
+        """What a crash left goes; what was acknowledged counts again."""
+        known = {upload.id: upload for upload in self.uploads.all_pending()}
+        for folder in self._root.iterdir():
+            upload = known.get(folder.name)
+            kept = {part.sha256 for part in self.uploads.parts(upload)} if upload else set()
+            _empty(folder, kept)
+            if upload and kept:
+                self._hold(upload)
+        self.sweep()
+
+    def create(self, to: Destination, *, filename: str, purpose: str, num_bytes: int) -> PartedUpload:
+        """Raises RateLimited, NotFound, StorageFull."""
+        with self._gate.upload(to.owner.id, to.owner.limits, num_bytes):  # would there be room now?
+            return self.uploads.add(
+                to.owner, to.name, filename=filename, purpose=purpose, num_bytes=num_bytes, activates=to.activates
+            )
+
+    @contextmanager
+    def receiving(self, upload: PartedUpload) -> Iterator[None]:
+        """While a part of it comes. Raises UploadClosed, RateLimited."""
+        upload.check_pending()
+        self._claim(upload, self._owner(upload).limits)
+        try:
+            yield
+        finally:
+            self._disclaim(upload)
+
+    def begin(self, upload: PartedUpload) -> Upload:
+        """A part's bytes on their way in."""
+        return self._store.begin_upload(min(MAX_PART_BYTES, upload.num_bytes))
+
+    def keep(self, upload: PartedUpload, file: Upload) -> Part:
+        """A received part, within `receiving`. Raises UploadClosed, BadRequest for more bytes than were declared,
+        StorageFull."""
+        if not file.num_bytes:
+            raise BadRequest("the part is empty", param="data")
+        digest = file.finish(None)
+        with self._lock, disk_full_is_an_answer():
+            self.uploads.again(upload).check_pending()
+            folder = self._root / upload.id
+            if not folder.exists():
+                folder.mkdir()
+                sync_directory(self._root)
+            os.replace(file.path, folder / digest)
+            sync_directory(folder)
+            try:
+                part = self.uploads.add_part(upload, digest, file.num_bytes)
+            except BaseException:
+                _empty(folder, {part.sha256 for part in self.uploads.parts(upload)})
+                raise
+            self._hold(upload)
+            return part
+
+    def complete(
+        self, caller: Caller, upload_id: str, part_ids: Sequence[str], *, md5: str | None, sha256: str | None
+    ) -> PartedUpload:
+        """The parts in this order become a version of the model; of a completed upload, what it became. Raises
+        NotFound, UploadClosed, BadRequest, DigestMismatch, and whatever is wrong with the artifact: then the upload
+        stays as it was."""
+        with self._ending(upload_id):
+            upload = self.uploads.find(caller, upload_id)
+            if upload.result is not None:
+                _check_digest("md5", md5, upload.result["md5"] or md5)
+                _check_digest("sha256", sha256, upload.result["sha256"])
+                return upload
+            upload.check_pending()
+            parts = self._in_order(upload, part_ids)
+            file = self._store.begin_upload(upload.num_bytes)
+            try:
+                found_md5 = self._join(upload, parts, file, with_md5=md5 is not None)
+                _check_digest("md5", md5, found_md5)
+                to = Destination(self._owner(upload), upload.name, str(caller), upload.activates)
+
+                def also(stored: Stored) -> None:
+                    number, digest = stored.version.number, stored.version.digest
+                    now = int(time.time())
+                    self.uploads.close(
+                        upload, Status.COMPLETED, version=number, sha256=digest, md5=found_md5, created=now
+                    )
+
+                self._accept(to, file, sha256, also)
+            finally:
+                file.close()
+            with self._lock:
+                self._clear(upload)
+            return self.uploads.again(upload)
+
+    def cancel(self, caller: Caller, upload_id: str) -> PartedUpload:
+        """May be called again. Raises NotFound, UploadClosed."""
+        with self._ending(upload_id):
+            upload = self.uploads.find(caller, upload_id)
+            if upload.status is not Status.CANCELLED:
+                upload.check_pending()
+                self._end(upload, Status.CANCELLED)
+        return self.uploads.again(upload)
+
+    def cancel_all(self, tenant: Tenant) -> None:
+        for upload in self.uploads.all_pending():
+            if upload.tenant_id == tenant.id:
+                with self._ending(upload.id):
+                    if self.uploads.again(upload).result is None:
+                        self._end(upload, Status.CANCELLED)
+
+    def sweep(self) -> None:
+        """Ends what has expired; called every now and then."""
+        for upload in self.uploads.all_pending():
+            if upload.status is Status.EXPIRED:
+                with self._ending(upload.id):
+                    now = self.uploads.again(upload)
+                    if now.status is Status.EXPIRED:
+                        self._end(now, Status.EXPIRED)
+        self.uploads.forget_old()
+
+    def _owner(self, upload: PartedUpload) -> Tenant:
+        owner = self._accounts.get(upload.tenant_id)
+        if owner is None:
+            raise NotFound("the tenant of this upload was deleted", param="tenant")
+        return owner
+
+    @contextmanager
+    def _ending(self, upload_id: str) -> Iterator[None]:
+        with self._claiming:
+            lock = self._ends.setdefault(upload_id, threading.Lock())
+        with lock:
+            yield
+
+    def _in_order(self, upload: PartedUpload, part_ids: Sequence[str]) -> list[Part]:
+        here = {part.id: part for part in self.uploads.parts(upload)}
+        absent = [part_id for part_id in part_ids if part_id not in here]
+        if absent:
+            raise BadRequest(f"upload {upload.id} has no part {absent[0][:200]!r}", param="part_ids")
+        parts = [here[part_id] for part_id in part_ids]
+        total = sum(part.num_bytes for part in parts)
+        if total != upload.num_bytes:
+            raise BadRequest(f"these parts are {total} bytes; {upload.num_bytes} were declared", param="part_ids")
+        return parts
+
+    def _join(self, upload: PartedUpload, parts: Sequence[Part], file: Upload, *, with_md5: bool) -> str | None:
+        digest = hashlib.md5(usedforsecurity=False) if with_md5 else None
+        for part in parts:
+            with open(self._root / upload.id / part.sha256, "rb") as source:
+                while piece := source.read(PIECE_BYTES):
+                    file.write(piece)
+                    if digest:
+                        digest.update(piece)
+        return digest.hexdigest() if digest else None
+
+    def _end(self, upload: PartedUpload, status: Status) -> None:
+        with self._lock:
+            self.uploads.close(upload, status)
+            self._clear(upload)
+
+    def _clear(self, upload: PartedUpload) -> None:
+        if upload.id in self._held:
+            self._held.remove(upload.id)
+            self._disclaim(upload)
+            _empty(self._root / upload.id)
+
+    def _hold(self, upload: PartedUpload) -> None:
+        if upload.id not in self._held:
+            self._held.add(upload.id)
+            self._claim(upload, UNLIMITED, most=None)
+
+    def _claim(self, upload: PartedUpload, limits: Limits, most: int | None = MAX_PARALLEL) -> None:
+        with self._claiming:
+            if most is not None and self._claims[upload.id] - (upload.id in self._held) >= most:
+                raise RateLimited(f"{MAX_PARALLEL} parts of this upload are coming already", retry_after_s=1)
+            if not self._claims[upload.id]:
+                self._gate.reserve(upload.tenant_id, limits, upload.num_bytes)
+            self._claims[upload.id] += 1
+
+    def _disclaim(self, upload: PartedUpload) -> None:
+        with self._claiming:
+            self._claims[upload.id] -= 1
+            if not self._claims[upload.id]:
+                del self._claims[upload.id]
+                self._gate.release(upload.tenant_id, upload.num_bytes)
+
+
+def _empty(folder: Path, but: set[str] | None = None) -> None:
+    """Removes what is not in `but`, and the folder where nothing is."""
+    for path in folder.iterdir():
+        if path.name not in (but or ()):
+            path.unlink()
+    if not but:
+        folder.rmdir()
+
+
+def _check_digest(kind: str, given: str | None, found: str | None) -> None:
+    if given is not None and given.lower() != (found or "").lower():
+        raise DigestMismatch(f"{kind} of the joined parts is {found}, not {given}", param=kind)
