@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.store import DeltaStore
 from deltaserve.tenants.accounts import Accounts, Caller, Scope
 from deltaserve.tenants.keys import Keys
+from deltaserve.tenants.limits import Gate
 from deltaserve.tenants.registry import Registry
 
 if TYPE_CHECKING:
@@ -21,12 +24,13 @@ if TYPE_CHECKING:
 
 # For each line: a process that does one thing, and dies by SIGKILL before its nth write, if there are as many.
 CHILD = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from pathlib import Path
-from deltaserve.deltas import store as store_module
+from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.store import DeltaStore, Destination
 from deltaserve.tenants.accounts import Accounts, Caller, Scope
 from deltaserve.tenants.keys import Keys
+from deltaserve.tenants.limits import Gate
 from deltaserve.tenants.models import Canary, Change
 from deltaserve.tenants.registry import Registry
 
@@ -38,6 +42,10 @@ def work(root, what, fatal):
     store = DeltaStore(registry, keep_versions=2)
     acme = accounts.named("acme")
     me = Caller(acme, "k", frozenset({Scope.MANAGE}))
+    now = time.time()
+    parts = PartStore(registry, accounts, store, lambda to, file, sha256, also: store.commit(
+        to, file, file.finish(sha256), {}, also), Gate(), expires_s=100, clock=lambda: now)
+    uploads = {upload.filename: upload for upload in parts.uploads.all_pending()}
 
     def step():
         nonlocal steps
@@ -65,13 +73,34 @@ def work(root, what, fatal):
     registry._connection = Connection(registry._connection)
     os.replace = counted(os.replace)
     os.fsync = counted(os.fsync)
-    Path.unlink = counted(Path.unlink)
+    for name in ("unlink", "mkdir", "rmdir"):
+        setattr(Path, name, counted(getattr(Path, name)))
     match what:
         case "upload":
             upload = store.begin_upload(100)
             upload.write(b"three")
             store.commit(Destination(acme, "m", "test"), upload, upload.finish(None), {})
             upload.close()
+        case "part":
+            with parts.receiving(uploads["half"]):
+                file = parts.begin(uploads["half"])
+                file.write(b"yz")
+                parts.keep(uploads["half"], file)
+                file.close()
+        case "first part":
+            with parts.receiving(uploads["empty"]):
+                file = parts.begin(uploads["empty"])
+                file.write(b"a")
+                parts.keep(uploads["empty"], file)
+                file.close()
+        case "complete":
+            whole = uploads["whole"]
+            parts.complete(me, whole.id, [part.id for part in parts.uploads.parts(whole)], md5=None, sha256=None)
+        case "cancel":
+            parts.cancel(me, uploads["whole"].id)
+        case "expire":
+            now += 101
+            parts.sweep()
         case "move":
             store.change(me, "m", Change(version=1, canary=Canary(2, 50), pinned=True, shared_with=[accounts.default]))
         case "delete":
@@ -79,6 +108,7 @@ def work(root, what, fatal):
         case "delete version":
             store.delete(me, "m@1")
         case "delete tenant":
+            parts.cancel_all(acme)
             store.delete_all(acme, "test")
             accounts.delete(acme, "test")
         case "rotate":
@@ -104,6 +134,7 @@ def build(root: Path) -> None:
     registry = Registry(root)
     accounts = Accounts(registry)
     keys, store = Keys(registry, accounts, "first"), DeltaStore(registry, keep_versions=2)
+    parts = PartStore(registry, accounts, store, Refuse(), Gate(), expires_s=100)
     acme = accounts.create("acme", "test")
     keys.create(acme, [Scope.MANAGE], "test")
     for data in (b"one", b"two"):
@@ -111,7 +142,22 @@ def build(root: Path) -> None:
         upload.write(data)
         store.commit(Destination(acme, "m", "test"), upload, upload.finish(None), {})
         upload.close()
+    for filename, num_bytes, data in (("whole", 5, (b"th", b"ree")), ("half", 3, (b"x",)), ("empty", 1, ())):
+        pending = parts.create(Destination(acme, "m", "test"), filename=filename, purpose="", num_bytes=num_bytes)
+        for piece in data:
+            with parts.receiving(pending):
+                upload = parts.begin(pending)
+                upload.write(piece)
+                parts.keep(pending, upload)
+                upload.close()
     registry.close()
+
+
+class Refuse:
+    """Nothing is completed here."""
+
+    def __call__(self, *args: Any) -> Any:
+        raise AssertionError(args)
 
 
 def look(root: Path) -> dict[str, Any]:
@@ -130,6 +176,17 @@ def look(root: Path) -> dict[str, Any]:
         named |= {version.digest for version in versions}
         pointers = (model.active.number, model.canary and vars(model.canary), model.pinned, model.shared_with)
         state["models"].append((model.owner, model.name, pointers, [version.number for version in versions]))
+    parts = PartStore(registry, accounts, store, Refuse(), Gate(), expires_s=100)
+    state["uploads"] = []
+    for key, filename in registry.rows("SELECT id, filename FROM uploads ORDER BY filename DESC"):
+        pending = parts.uploads.find(admin, key)
+        here = sorted(part.sha256 for part in parts.uploads.parts(pending))
+        folder = root / "parts" / key
+        assert folder.exists() == bool(here)
+        for digest in here:
+            assert hashlib.sha256((folder / digest).read_bytes()).hexdigest() == digest
+        assert len(list(folder.glob("*"))) == len(here), "no orphans among the parts either"
+        state["uploads"].append((filename, pending.status, here))
     state["log"] = [(entry.action, entry.object.partition("/")[0]) for entry in registry.audit_log()]
     files = list((root / "objects").glob("*/*"))
     assert {path.stem for path in files} == named, "no orphans, and nothing is missing"
@@ -137,6 +194,11 @@ def look(root: Path) -> dict[str, Any]:
     assert list((root / "incoming").iterdir()) == []
     registry.close()
     return json.loads(json.dumps(state))  # type: ignore[no-any-return]
+
+
+def between(before: dict[str, Any], after: dict[str, Any]) -> list[Any]:
+    """Uploads of which some are as before and some as after."""
+    return [list(mixed) for mixed in itertools.product(*zip(before["uploads"], after["uploads"], strict=True))]
 
 
 class Workshop:
@@ -166,7 +228,23 @@ def workshop() -> Iterator[Workshop]:
         yield made
 
 
-@pytest.mark.parametrize("what", ["upload", "move", "delete", "delete version", "delete tenant", "rotate", "limit"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "upload",
+        "part",
+        "first part",
+        "complete",
+        "cancel",
+        "expire",
+        "move",
+        "delete",
+        "delete version",
+        "delete tenant",
+        "rotate",
+        "limit",
+    ],
+)
 def test_a_kill_before_any_write_leaves_the_state_before_or_after(
     workshop: Workshop, tmp_path: Path, what: str
 ) -> None:
@@ -179,7 +257,10 @@ def test_a_kill_before_any_write_leaves_the_state_before_or_after(
     assert before != after and int(steps) >= 3
     allowed = [before, after]
     if what == "delete tenant":  # its models go first, and a tenant without any is as good as it was
-        allowed.append({**after, "tenants": before["tenants"], "limits": before["limits"], "keys": before["keys"]})
+        models = {**after, "tenants": before["tenants"], "limits": before["limits"], "keys": before["keys"]}
+        allowed += [models, *({**before, "uploads": uploads} for uploads in between(before, after))]
+    if what == "expire":  # one after the other
+        allowed += [{**before, "uploads": uploads} for uploads in between(before, after)]
     if what == "rotate":  # the new key comes first: rather two than none
         allowed.append({**before, "keys": [*before["keys"], True]})
     for fatal in range(1, int(steps) + 1):

@@ -43,6 +43,8 @@ class Api:
         body = self.routes[method, path].get("requestBody")
         if body is None:
             return {"method": method, "url": url}
+        if "multipart/form-data" in body["content"]:
+            return {"method": method, "url": url, "files": {"data": b"user"}}
         value = self._value(body["content"]["application/json"]["schema"], model)
         return {"method": method, "url": url, "json": value}
 
@@ -96,6 +98,7 @@ def test_the_document_names_the_routes_that_there_are(api: Api) -> None:
         "/v1/models/{model}",
         "/v1/deltas/{name}",
         "/v1/admin/keys",
+        "/v1/uploads/{upload_id}/parts",
     } <= paths
     assert len(api.routes) >= 20
 
@@ -130,6 +133,27 @@ def test_the_same_requests_reach_ones_own_model(api: Api, town: Any) -> None:
         "/v1/deltas/{name}/versions",
         "/v1/deltas/{name}/prewarm",
     } <= reached
+
+
+def test_another_tenants_upload_answers_like_none_on_every_route(api: Api, town: Any) -> None:
+    """Whose id somebody saw in a log: it opens nothing, and tells nothing."""
+    body = {"bytes": 4, "filename": "stolen.safetensors", "mime_type": "", "purpose": "fine-tune"}
+    upload = town["globex"].post("/v1/uploads", json=body).json()["id"]
+    part = town["globex"].post(f"/v1/uploads/{upload}/parts", files={"data": b"user"}).json()["id"]
+    before = town["globex"].get(f"/v1/uploads/{upload}").json()
+    absent = f"upload_{'0' * 32}"
+    routes = [route for route in api.routes if "{upload_id}" in route[1]]
+    assert len(routes) == 4
+    for method, path in routes:
+        one, none = (api.request(method, path, upload_id) for upload_id in (upload, absent))
+        for request in (one, none):
+            if "part_ids" in request.get("json", {}):
+                request["json"]["part_ids"] = [part]
+        replies = [town["acme"].request(**request) for request in (one, none)]
+        assert [reply.status_code for reply in replies] == [404, 404], (method, path, replies[0].text)
+        assert answers(replies[0], upload) == answers(replies[1], absent), (method, path)
+    assert town["globex"].get(f"/v1/uploads/{upload}").json() == before
+    assert town["globex"].post(f"/v1/uploads/{upload}/cancel").status_code == 200
 
 
 def wrong_callers(town: Any) -> Iterator[tuple[str, httpx.Client, int]]:

@@ -40,6 +40,7 @@ class ServerProcess:
         words = ["serve", str(base), "--port", "0", "--store", str(store), "--device", "cpu", "--dtype", "float32"]
         words += ["--num-threads", "1", "--served-model-name", "tiny", *flags]
         self.api_key = api_key
+        self.store = store
         self.log: list[str] = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "deltaserve", *words, *(["--api-key", api_key] if api_key else [])],

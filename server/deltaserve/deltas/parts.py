@@ -90,6 +90,8 @@ class PartStore:
     def receiving(self, upload: PartedUpload) -> Iterator[None]:
         """While a part of it comes. Raises UploadClosed, RateLimited."""
         upload.check_pending()
+        if self._claims[upload.id] - (upload.id in self._held) >= MAX_PARALLEL:
+            raise RateLimited(f"{MAX_PARALLEL} parts of this upload are coming already", retry_after_s=1)
         self._claim(upload, self._owner(upload).limits)
         try:
             yield
@@ -230,12 +232,10 @@ class PartStore:
     def _hold(self, upload: PartedUpload) -> None:
         if upload.id not in self._held:
             self._held.add(upload.id)
-            self._claim(upload, UNLIMITED, most=None)
+            self._claim(upload, UNLIMITED)
 
-    def _claim(self, upload: PartedUpload, limits: Limits, most: int | None = MAX_PARALLEL) -> None:
+    def _claim(self, upload: PartedUpload, limits: Limits) -> None:
         with self._claiming:
-            if most is not None and self._claims[upload.id] - (upload.id in self._held) >= most:
-                raise RateLimited(f"{MAX_PARALLEL} parts of this upload are coming already", retry_after_s=1)
             if not self._claims[upload.id]:
                 self._gate.reserve(upload.tenant_id, limits, upload.num_bytes)
             self._claims[upload.id] += 1
