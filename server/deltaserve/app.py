@@ -16,11 +16,12 @@ import transformers
 from fastapi import FastAPI
 
 from deltaserve import __version__
-from deltaserve.api import admin, chat, completions, deltas, errors, health, models, uploads, usage
+from deltaserve.api import admin, chat, completions, deltas, errors, health, loras, models, uploads, usage
 from deltaserve.api.deps import Services, needs
 from deltaserve.api.middleware import Authenticate, Identify
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.deltas.imports import ImportRoot
 from deltaserve.deltas.intake import Intake
 from deltaserve.deltas.limits import Limits
 from deltaserve.deltas.parts import PartStore
@@ -59,6 +60,7 @@ def build_services(settings: Settings) -> Services:
     """Loads the base and puts every part in place; the engine runs. Raises CheckpointError, BadRequest."""
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
+    imports = ImportRoot(settings.import_root)
     registry = Registry(settings.store)
     accounts = Accounts(registry)
     keys = Keys(registry, accounts, settings.api_key)
@@ -169,6 +171,7 @@ def build_services(settings: Settings) -> Services:
         store=store,
         intake=intake,
         parts=parted,
+        imports=imports,
         residency=residency,
         metrics=metrics,
         upload_pool=ThreadPoolExecutor(MAX_UPLOADS, thread_name_prefix="upload"),
@@ -209,6 +212,7 @@ def create_app(services: Services) -> FastAPI:
         (models.changing, needs(Scope.MANAGE)),
         (deltas.changing, needs(Scope.MANAGE)),
         (uploads.router, needs(Scope.MANAGE)),
+        (loras.router, needs()),
         (health.metrics_router, needs(Scope.METRICS)),
         (health.router, needs(*Scope)),
         (usage.router, either),

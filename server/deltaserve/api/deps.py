@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 from fastapi.params import Depends as Dependency
 from fastapi.security import HTTPBearer
 
+from deltaserve.deltas.imports import ImportRoot
 from deltaserve.deltas.intake import Intake
 from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.residency import Residency
@@ -53,6 +54,7 @@ class Services:
     store: DeltaStore
     intake: Intake
     parts: PartStore
+    imports: ImportRoot
     residency: Residency
     metrics: Metrics
     upload_pool: ThreadPoolExecutor

@@ -1,0 +1,68 @@
+"""/v1/load_lora_adapter and /v1/unload_lora_adapter: what operators of vLLM call, for artifacts under --import-root."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Annotated
+
+from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse
+from pydantic import Field
+
+from deltaserve.api.deltas import PIECE_BYTES, destination, largest
+from deltaserve.api.deps import CallerDep, Services, ServicesDep
+from deltaserve.api.schemas import Text, Wire
+from deltaserve.deltas.store import Destination, Stored
+from deltaserve.errors import NameConflict
+from deltaserve.tenants.models import ALWAYS
+
+router = APIRouter(prefix="/v1")
+
+
+class LoadIn(Wire):
+    """`lora_path`: a delta artifact under --import-root. `load_inplace`: a new version where the name is taken."""
+
+    lora_name: Text
+    lora_path: Annotated[Text, Field(min_length=1, max_length=4096)]
+    load_inplace: bool = False
+
+
+class UnloadIn(Wire):
+    lora_name: Text
+    lora_int_id: int | None = None  # vLLM's, of no meaning here
+
+
+@router.post("/load_lora_adapter", response_class=PlainTextResponse)
+async def load_lora_adapter(body: LoadIn, services: ServicesDep, caller: CallerDep) -> str:
+    """A copy of the file becomes a version of the model, checked as by PUT /v1/deltas/{name}."""
+    services.refuse_if_draining()
+    to = destination(services, caller, body.lora_name, True, ALWAYS)
+    before = await asyncio.to_thread(services.store.models.own, to.owner.id, to.name)
+    if before and not body.load_inplace:
+        raise NameConflict(f"{body.lora_name!r} is loaded already; load_inplace replaces it", param="lora_name")
+    await asyncio.get_running_loop().run_in_executor(services.upload_pool, _copy, services, to, body.lora_path)
+    await asyncio.to_thread(services.keep_pinned)
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+
+@router.post("/unload_lora_adapter", response_class=PlainTextResponse)
+async def unload_lora_adapter(body: UnloadIn, services: ServicesDep, caller: CallerDep) -> str:
+    """The model goes with every version; running requests finish. The file under --import-root stays."""
+    await asyncio.to_thread(services.store.delete, caller, body.lora_name)
+    await asyncio.to_thread(services.keep_pinned)
+    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+
+
+def _copy(services: Services, to: Destination, path: str) -> Stored:
+    with services.imports.open(path) as source:
+        num_bytes = os.fstat(source.fileno()).st_size
+        most = largest(services, to, num_bytes)
+        with services.gate.upload(to.owner.id, to.owner.limits, num_bytes):
+            upload = services.intake.begin(most)
+            try:
+                while piece := source.read(PIECE_BYTES):
+                    upload.write(piece)
+                return services.intake.accept(to, upload, None)
+            finally:
+                upload.close()

@@ -1,0 +1,81 @@
+"""vLLM's routes for adapters, as its operators call them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import httpx
+
+    ErrorOf = Callable[..., dict[str, Any]]
+
+
+def load(http: httpx.Client, name: str, path: str, **more: Any) -> httpx.Response:
+    return http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path, **more})
+
+
+def unload(http: httpx.Client, name: str) -> httpx.Response:
+    return http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+
+
+def test_artifacts_under_the_import_root_are_loaded_replaced_and_unloaded(
+    start_server: Callable[..., Any], tenants: dict[str, Any], tmp_path: Path, error_of: ErrorOf
+) -> None:
+    root = tmp_path / "imports"
+    root.mkdir()
+    for name in ("sign", "sparse"):
+        (root / f"{name}.safetensors").write_bytes(tenants[name].artifact)
+    (root / "broken").write_bytes(tenants["sign"].artifact[:-1])
+    (tmp_path / "outside").write_bytes(tenants["sign"].artifact)
+    (root / "link").symlink_to(tmp_path / "outside")
+    server = start_server("--import-root", str(root), api_key="first-key")
+    http = server.http
+
+    def answer(model: str) -> str:
+        body = {"model": model, "prompt": "Many", "max_tokens": 8, "temperature": 0}
+        return str(http.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["text"])
+
+    def expected(name: str) -> str:
+        return str(tenants[name].greedy(tenants[name].encode("Many"), 8)[0])
+
+    reply = load(http, "m", "sign.safetensors")
+    assert (reply.status_code, reply.text) == (200, "Success: LoRA adapter 'm' added successfully.")
+    assert reply.headers["content-type"].startswith("text/plain")
+    assert answer("m") == expected("sign")
+    reply = load(http, "m", "sparse.safetensors")
+    error_of(reply, 409, "name_conflict")
+    assert reply.headers["x-should-retry"] == "false"
+    assert load(http, "m", f"{root}/sparse.safetensors", load_inplace=True).status_code == 200
+    assert answer("m") == expected("sparse") and answer("m@1") == expected("sign")
+
+    for path in ("absent", "link", "../outside", str(tmp_path / "outside"), "https://example.com/x", "/etc/passwd"):
+        told = error_of(load(http, "n", path), 404, "not_found")["message"]
+        assert told == f"there is no file {path!r} under the import root"
+    assert load(http, "n", "broken").status_code == 422
+    error_of(load(http, "tiny", "sign.safetensors"), 409, "name_conflict")
+    error_of(load(http, "../n", "sign.safetensors"), 400, "invalid_name")
+
+    http.post("/v1/admin/tenants", json={"name": "acme", "limits": {"max_bytes": 10}})
+    error_of(load(http, "acme:m", "sign.safetensors"), 413, "artifact_too_large")
+    http.patch("/v1/admin/tenants/acme", json={"limits": {"max_bytes": None}})
+    assert load(http, "acme:m", "sign.safetensors").status_code == 200
+    key = http.post("/v1/admin/keys", json={"tenant": "acme", "scopes": ["inference", "manage"]}).json()["key"]
+    own = {"Authorization": f"Bearer {key}"}
+    assert [card["id"] for card in http.get("/v1/deltas", headers=own).json()["data"]] == ["m"]
+    for path in ("load_lora_adapter", "unload_lora_adapter"):
+        body = {"lora_name": "m", "lora_path": "sign.safetensors"}
+        error_of(http.post(f"/v1/{path}", json=body, headers=own), 403, "insufficient_permissions")
+
+    assert unload(http, "m").text == "Success: LoRA adapter 'm' removed successfully."
+    error_of(unload(http, "m"), 404, "model_not_found")
+    assert (root / "sign.safetensors").read_bytes() == tenants["sign"].artifact
+    assert [card["id"] for card in http.get("/v1/deltas").json()["data"]] == ["acme:m"]
+    server.stop()
+
+
+def test_a_server_without_an_import_root_reads_no_file(town: Any, error_of: ErrorOf) -> None:
+    error = error_of(load(town["admin"], "m", "/etc/passwd"), 403, "insufficient_permissions")
+    assert "--import-root" in error["message"]
