@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -50,22 +51,24 @@ def vllm_server(python: Path, base: Path, name: str, loras: Mapping[str, Path], 
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    ours = {"PYTHONPATH"}
-    environment = {key: value for key, value in os.environ.items() if key not in ours} | own
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | own
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "vllm.log"
         with log.open("wb") as output:
-            process = subprocess.Popen(command, env=environment, cwd=directory, stdout=output, stderr=output)
+            process = subprocess.Popen(
+                command, env=environment, cwd=directory, stdout=output, stderr=output, start_new_session=True
+            )
         try:
             url = f"http://127.0.0.1:{port}"
             _wait(process, url, log)
             yield url
         finally:
             process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            with suppress(ProcessLookupError):  # its engine outlives it where it ended while starting
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
