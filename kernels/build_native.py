@@ -21,6 +21,7 @@ FOLDER = ROOT / "kernels" / "deltaserve_kernels" / "native"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
 INSTRUCTION_SETS = {
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
     "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma"],
 }

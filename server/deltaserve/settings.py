@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     store: Path = Field(Path("deltaserve-store"), description="directory of uploaded deltas")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="type of weights and KV")
-    kernels: Literal["auto", "torch", "triton", "amx", "avx512", "avx2"] = Field(
+    kernels: Literal["auto", "torch", "triton", "amx", "avx512bf16", "avx512", "avx2"] = Field(
         "auto", description="what applies deltas: triton on a GPU, on a CPU in bfloat16 what was built for it, or torch"
     )
     served_model_name: str | None = Field(None, description="id of the base in requests (default: its file name)")

@@ -29,6 +29,7 @@ _ARGUMENTS = {
 }
 NEEDS = {
     "amx": AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+    "avx512bf16": AVX512 | {"avx512_bf16"},
     "avx512": AVX512,
     "avx2": {"avx2", "fma"},
 }  # best first

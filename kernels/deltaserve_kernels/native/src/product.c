@@ -112,7 +112,9 @@ static inline __attribute__((always_inline)) void rows_of(
             vpairs w[VECTORS];
             for (int v = 0; v < VECTORS; v++) {
                 int n = v * VW; /* of 32, two tiles of 16 */
-                w[v] = vload_pairs(tiles + n / 16 * TILE + pair * 32 + n % 16 * 2);
+                const u16 *p = tiles + n / 16 * TILE + pair * 32 + n % 16 * 2;
+                _mm_prefetch((const char *)p + 8192, _MM_HINT_T0);
+                w[v] = vload_pairs(p);
             }
             for (int m = 0; m < rows; m++) {
                 vpairs a = vset_pair(x + m * ldx + k * 32 + pair * 2);
@@ -126,6 +128,8 @@ static inline __attribute__((always_inline)) void rows_of(
 void product(const u16 *x, long ldx, int rows, const u16 *tiles, int blocks, float *y, long ldy, int add) {
     for (; rows >= AT_ONCE; rows -= AT_ONCE, x += AT_ONCE * ldx, y += AT_ONCE * ldy)
         rows_of(AT_ONCE, x, ldx, tiles, blocks, y, ldy, add);
-    for (; rows; rows--, x += ldx, y += ldy) rows_of(1, x, ldx, tiles, blocks, y, ldy, add);
+    if (AT_ONCE > 4 && rows & 4) rows_of(4, x, ldx, tiles, blocks, y, ldy, add), x += 4 * ldx, y += 4 * ldy;
+    if (AT_ONCE > 2 && rows & 2) rows_of(2, x, ldx, tiles, blocks, y, ldy, add), x += 2 * ldx, y += 2 * ldy;
+    if (rows & 1) rows_of(1, x, ldx, tiles, blocks, y, ldy, add);
 }
 #endif
