@@ -76,7 +76,7 @@ def test_a_linear_layer_is_the_restored_one_of_each_row(context: StepContext, bi
     ]
     enter(context, deltas)
     x = random(1, len(SLOTS), IN, seed=9)
-    y = DeltaLinear(base, "l", context)(x)
+    y = DeltaLinear(base, "l", 0, context)(x)
     assert y.shape == (1, len(SLOTS), OUT)
     for row, slot in enumerate(SLOTS):
         weight, shift = base.weight, base.bias
@@ -98,7 +98,7 @@ def test_a_layers_scalars_multiply_terms_and_base_but_no_bias(context: StepConte
     deltas = [ResidentDelta({"l.weight": ResidentLayer(terms, *pair)}, {}) for pair in scalars]
     enter(context, deltas)
     x = random(1, len(SLOTS), IN, seed=9)
-    y = DeltaLinear(base, "l", context)(x)
+    y = DeltaLinear(base, "l", 0, context)(x)
     for row, slot in enumerate(SLOTS):
         weight = base.weight
         if slot >= 0:
@@ -114,7 +114,7 @@ def test_a_bias_may_be_a_difference(context: StepContext) -> None:
     deltas += [ResidentDelta({"l.weight": layer}, {"l.bias": added(-difference)})]
     enter(context, deltas, [-1, 0, 1])
     x = random(1, 3, IN, seed=9)
-    y = DeltaLinear(base, "l", context)(x)[0]
+    y = DeltaLinear(base, "l", 0, context)(x)[0]
     weight = 1.5 * base.weight + layer.terms[0].decode()
     torch.testing.assert_close(y[0], F.linear(x[0, 0], base.weight, base.bias), **CLOSE)
     torch.testing.assert_close(y[1], F.linear(x[0, 1], base.weight, base.bias + difference), **CLOSE)
@@ -123,7 +123,7 @@ def test_a_bias_may_be_a_difference(context: StepContext) -> None:
 
 def head_of(context: StepContext, *, tied: bool, bias: bool = False) -> tuple[nn.Linear, DeltaHead]:
     base = nn.Linear(IN, VOCAB, bias=bias)
-    return base, DeltaHead(base, "lm_head", "model.embed", tied, context)
+    return base, DeltaHead(base, "lm_head", 0, "model.embed", tied, context)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -230,7 +230,7 @@ def test_a_norm_that_fails_keeps_the_bases_tensors(context: StepContext) -> None
 
 def layers(context: StepContext) -> dict[str, tuple[nn.Module, Tensor]]:
     return {
-        "linear": (DeltaLinear(nn.Linear(IN, OUT), "l", context), random(1, 2, IN, seed=1)),
+        "linear": (DeltaLinear(nn.Linear(IN, OUT), "l", 0, context), random(1, 2, IN, seed=1)),
         "head": (head_of(context, tied=False)[1], random(2, IN, seed=1)),
         "embedding": (DeltaEmbedding(nn.Embedding(VOCAB, IN), "e", context), torch.tensor([[1, 2]])),
         "norm": (DeltaModule(Norm(IN), "n", context), random(1, 2, IN, seed=1)),
@@ -269,4 +269,4 @@ def test_rows_of_the_base_alone_do_nothing_beyond_the_base(
 
 def test_a_layer_outside_a_step_is_a_bug(context: StepContext) -> None:
     with pytest.raises(AssertionError):
-        DeltaLinear(nn.Linear(IN, OUT), "l", context)(random(1, 2, IN, seed=1))
+        DeltaLinear(nn.Linear(IN, OUT), "l", 0, context)(random(1, 2, IN, seed=1))
