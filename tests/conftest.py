@@ -244,3 +244,21 @@ def at_once() -> Callable[[Sequence[Callable[[], Any]]], list[Any]]:
             return [future.result() for future in [pool.submit(call) for call in calls]]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base: Path) -> Any:
+    """The tiny base's, as transformers has it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[Any]:
+    """Of grammars."""
+    from deltaserve.engine.grammars import Grammars
+
+    made = Grammars()
+    yield made
+    made.close()

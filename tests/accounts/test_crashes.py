@@ -81,17 +81,12 @@ def work(root, what, fatal):
             upload.write(b"three")
             store.commit(Destination(acme, "m", "test"), upload, upload.finish(None), {})
             upload.close()
-        case "part":
-            with parts.receiving(uploads["half"]):
-                file = parts.begin(uploads["half"])
-                file.write(b"yz")
-                parts.keep(uploads["half"], file)
-                file.close()
-        case "first part":
-            with parts.receiving(uploads["empty"]):
-                file = parts.begin(uploads["empty"])
-                file.write(b"a")
-                parts.keep(uploads["empty"], file)
+        case "part" | "first part":
+            to, data = (uploads["half"], b"yz") if what == "part" else (uploads["empty"], b"a")
+            with parts.receiving(to):
+                file = parts.begin(to)
+                file.write(data)
+                parts.keep(to, file)
                 file.close()
         case "complete":
             whole = uploads["whole"]

@@ -12,8 +12,7 @@ from deltaserve.engine.grammars import Grammar, Grammars
 from deltaserve.errors import GrammarError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable
 
 SOON_S = 12.0  # of a shared machine; the limit is 2 s of processor time
 
@@ -46,20 +45,6 @@ ALLOWED = {
     "a-million-characters": Grammar("json", '{"type":"string","minLength":999999}'),
     "left-recursion": Grammar("grammar", 'start: start start | "a" | '),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_base: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_base)
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[Grammars]:
-    made = Grammars()
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("name", REFUSED)

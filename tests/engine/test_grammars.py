@@ -14,26 +14,9 @@ from deltaserve.engine.grammars import Grammar, Grammars
 from deltaserve.errors import GrammarError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
     from deltaserve.engine.types import Guide
 
 WAIT_S = 20.0
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_base: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_base)
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[Grammars]:
-    made = Grammars()
-    yield made
-    made.close()
 
 
 def mask(guide: Guide) -> tuple[set[int], bool]:

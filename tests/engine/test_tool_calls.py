@@ -20,8 +20,7 @@ from deltaserve.engine.tool_calls import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    pass
 
 NAMES = {"f", "g"}
 HERMES = {
@@ -105,20 +104,6 @@ def test_text_and_arguments_are_told_as_they_come() -> None:
 def test_a_template_tells_its_format(template: str, expected: str | None) -> None:
     form = detect_format(template)
     assert (form and form.name) == expected
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_base: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_base)
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[Grammars]:
-    made = Grammars()
-    yield made
-    made.close()
 
 
 TOOLS = {

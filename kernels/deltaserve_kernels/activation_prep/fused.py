@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve_kernels.fused.device import load_segment
+from deltaserve_kernels.fused.device import load_segment, parts_of
 
 
 @triton.jit
@@ -102,10 +102,9 @@ def variant_prep_kernel(
     """Of segments of one row: x [rows, cols] → for each matching part its variant's x̂."""
     for item in range(tl.program_id(0), tl.load(segments), PROGRAMS):
         slot, row, _count = load_segment(segments, item)
-        bundle = tl.load(slots + slot)
-        header = pool_field + bundle * 2
-        for number in range(tl.load(header + site), tl.load(header + site + 1)):
-            part = header + number * 16
+        bundle, words, start, stop = parts_of(pool_field, slots, slot, site)
+        for number in range(start, stop):
+            part = words + number * 16
             if tl.load(part) == key:
                 to = tl.load(part + 6) * rows + row
                 count = tl.load(part + 5).to(tl.int32)

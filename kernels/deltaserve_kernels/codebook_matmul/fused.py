@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve_kernels.fused.device import load_segment, row_scales
+from deltaserve_kernels.fused.device import add_to, load_segment, parts_of, row_scales, tile_of
 from deltaserve_kernels.sparse_matmul.fused import load_entries
 
 
@@ -29,20 +29,19 @@ def grid_matmul_kernel(
         n = (item % tiles) * N + tl.arange(0, N)
         m = first + tl.arange(0, M)
         real = tl.arange(0, M) < count
-        bundle = tl.load(slots + slot)
-        header = pool_field + bundle * 2
+        bundle, words, start, stop = parts_of(pool_field, slots, slot, site)
         total = tl.zeros((N, M), tl.float32)
         height = 0
-        for number in range(tl.load(header + site), tl.load(header + site + 1)):
-            part = header + number * 16
+        for number in range(start, stop):
+            part = words + number * 16
             if tl.load(part) == key:
                 height = tl.load(part + 12).to(tl.int32)
                 known = n < height
                 bits = tl.load(part + 1).to(tl.int32)
                 length = tl.load(part + 5).to(tl.int32)
                 variant = tl.load(part + 6) * rows
-                start = (bundle + tl.load(part + 2)) * 16 + (n // 64).to(tl.int64) * length * 8 * bits
-                packed = pool_byte + start[:, None]
+                codes_at = (bundle + tl.load(part + 2)) * 16 + (n // 64).to(tl.int64) * length * 8 * bits
+                packed = pool_byte + codes_at[:, None]
                 table = pool_value + (bundle + tl.load(part + 10)) * 8
                 k = tl.arange(0, COLS)
                 inner = tl.zeros((N, M), tl.float32)
@@ -61,14 +60,10 @@ def grid_matmul_kernel(
                 exponent = tl.load(exponents + variant + m, mask=real, other=0.0)
                 inner = inner * row_scales(pool_float, bundle, part, n, known)[:, None] * exponent[None, :]
                 if EACH:
-                    to = y + m.to(tl.int64)[None, :] * y_stride + tl.load(part + 14) + n[:, None]
-                    there = real[None, :] & known[:, None]
-                    tl.store(to, tl.load(to, mask=there, other=0.0) + inner, mask=there)
+                    to = tile_of(y + tl.load(part + 14), m, n, y_stride)
+                    add_to(to, inner, real[None, :] & known[:, None])
                 else:
                     total += inner
         if not EACH:
             if height != 0:
-                to = y + m.to(tl.int64)[None, :] * y_stride + n[:, None]
-                there = real[None, :] & (n < height)[:, None]
-                total += tl.load(to, mask=there, other=0.0).to(tl.float32)
-                tl.store(to, total.to(y.dtype.element_ty), mask=there)
+                add_to(tile_of(y, m, n, y_stride), total, real[None, :] & (n < height)[:, None])

@@ -7,9 +7,10 @@ data                   what the offsets point to, each on 16 bytes
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -43,10 +44,12 @@ class SitePlan:
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """memory uint8 [bytes], a multiple of 16; plans by site. Equal to itself alone."""
+    """memory uint8 [bytes], a multiple of 16; plans by site. Equal to itself alone. `number` names its plans as long as
+    the process lives, and holds no memory."""
 
     memory: Tensor
     plans: tuple[SitePlan, ...]
+    number: int = field(default_factory=itertools.count().__next__)
 
     def to(self, device: torch.device | str) -> Bundle:
         return replace(self, memory=self.memory.to(device))
@@ -102,7 +105,7 @@ class _Site:
         self.launches.add(launch)
         self.fields.append({Field.KEY: self.numbers[launch], Field.VARIANT: len(self.forms)})
         tensors = {Field.STARTS: form.columns, Field.VALUES: form.col}
-        self.tensors.append({field: tensor for field, tensor in tensors.items() if tensor is not None})
+        self.tensors.append({name: tensor for name, tensor in tensors.items() if tensor is not None})
         lengths = [len(tensor) for tensor in tensors.values() if tensor is not None]
         self.fields[-1][Field.COUNT] = lengths[0] if lengths else -1
         return len(self.forms)
@@ -125,12 +128,12 @@ def make_bundle(sites: Sequence[Sequence[tuple[FusedTerm, float]]], numbers: Lau
     for index, site in enumerate(made):
         words[index] = number
         for fields, tensors in zip(site.fields, site.tensors, strict=True):
-            for field, tensor in tensors.items():
+            for name, tensor in tensors.items():
                 blocks.append((end, tensor))
-                fields[field] = end
+                fields[name] = end
                 end += -(-tensor.nbytes // UNIT)
-            for field, value in fields.items():
-                words[number * WORDS + field] = value
+            for name, value in fields.items():
+                words[number * WORDS + name] = value
             number += 1
     words[len(sites)] = number
     memory = torch.zeros(end * UNIT, dtype=torch.uint8)

@@ -31,3 +31,24 @@ def row_scales(pool_float, bundle, words, n, known):
     scale = load_float(words, 4)
     rows = tl.load(pool_float + (bundle + offset) * 4 + n, mask=known & (offset != 0), other=1.0)
     return scale * rows
+
+
+@triton.jit
+def parts_of(pool_field, slots, slot, site):
+    """→ where the slot's delta lies (in units of 16 bytes), its words, and its first and last + 1 part of a site."""
+    bundle = tl.load(slots + slot)
+    words = pool_field + bundle * 2
+    return bundle, words, tl.load(words + site), tl.load(words + site + 1)
+
+
+@triton.jit
+def tile_of(y, m, n, stride):
+    """Pointers [N, M] to y[m, n]."""
+    return y + m.to(tl.int64)[None, :] * stride + n[:, None]
+
+
+@triton.jit
+def add_to(to, values, there):
+    """Adds float32 `values` where they are `there`, rounded once to what `to` points to."""
+    own = tl.load(to, mask=there, other=0.0).to(tl.float32)
+    tl.store(to, (own + values).to(to.dtype.element_ty), mask=there)

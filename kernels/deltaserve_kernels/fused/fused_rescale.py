@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve_kernels.fused.device import load_segment, row_scales
+from deltaserve_kernels.fused.device import load_segment, parts_of, row_scales
 
 
 @triton.jit(do_not_specialize=["site", "key", "tiles", "y_stride"])
@@ -17,10 +17,9 @@ def rescale_kernel(
     for item in range(tl.program_id(0), tl.load(segments) * tiles, PROGRAMS):
         slot, m, _count = load_segment(segments, item // tiles)
         n = (item % tiles) * N + tl.arange(0, N)
-        bundle = tl.load(slots + slot)
-        header = pool_field + bundle * 2
-        for number in range(tl.load(header + site), tl.load(header + site + 1)):
-            part = header + number * 16
+        bundle, words, start, stop = parts_of(pool_field, slots, slot, site)
+        for number in range(start, stop):
+            part = words + number * 16
             if tl.load(part) == key:
                 known = n < tl.load(part + 12)
                 to = y + m.to(tl.int64) * y_stride + n

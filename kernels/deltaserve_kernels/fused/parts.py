@@ -223,12 +223,6 @@ def _dense(term: Coded) -> list[FusedPart] | None:
     return parts
 
 
-def _levels(term: Coded) -> Tensor:
-    """float32 [2^bits]: what the codes stand for."""
-    codes = layout.pack(torch.arange(2**term.bits)[:, None], term.bits)
-    return replace(term, rows=2**term.bits, cols=1, codes=codes, mask=None).values(torch.float32).flatten()
-
-
 def _sparse(term: Coded) -> list[FusedPart] | None:
     """Entries: place within the group, and above it the value's code, or a bfloat16 itself."""
     assert term.mask is not None
@@ -243,7 +237,7 @@ def _sparse(term: Coded) -> list[FusedPart] | None:
         tensors = {}
     else:
         values, bits = layout.unpack(term.codes, term.bits, term.num_codes).long(), term.bits
-        tensors = {"values": _levels(term)}
+        tensors = {"values": term.levels(torch.float32)}
     if index_bits + bits > MAX_ENTRY_BITS:
         return None
     starts = torch.stack((origin, torch.zeros_like(origin)), 1).int()
@@ -296,7 +290,7 @@ def _grid(term: Codebook) -> list[FusedPart] | None:
 def _table(term: Coded) -> list[FusedPart] | None:
     if term.group is not None and term.row is not None and term.row.dim() == 2 and term.row.shape[1] > 1:
         return None
-    part = _vectors(layout.unpack(term.codes, term.bits, term.cols), term.bits, _levels(term)[:, None])
+    part = _vectors(layout.unpack(term.codes, term.bits, term.cols), term.bits, term.levels(torch.float32)[:, None])
     return [_column(_row(part, term.row), term.col)]
 
 

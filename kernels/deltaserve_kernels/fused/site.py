@@ -78,7 +78,7 @@ class FusedKernels:
         self.programs = PROGRAMS_PER_PROCESSOR * processors
         self._warm: set[Launch] = set()
         self._lock = threading.Lock()
-        self._merged: dict[tuple[int, frozenset[Bundle]], tuple[SitePlan, list[Launch]]] = {}
+        self._merged: dict[tuple[int, frozenset[int]], tuple[SitePlan, list[Launch]]] = {}
 
     def warm_up(self, bundle: Bundle, dtype: torch.dtype) -> None:
         """Compiles what a delta needs and no other has needed, by launches without rows; y is of `dtype`.
@@ -93,9 +93,9 @@ class FusedKernels:
             if fresh:
                 _SiteCall(step, 0, plan, x.to(self.device), y.to(self.device), None, WIDTH).run(fresh)
 
-    def plan(self, site: int, bundles: frozenset[Bundle]) -> tuple[SitePlan, list[Launch]]:
-        """What a mix needs at a site, and its launches in order; remembered."""
-        key = (site, bundles)
+    def plan(self, site: int, mix: frozenset[int], bundles: Sequence[Bundle]) -> tuple[SitePlan, list[Launch]]:
+        """What a mix of bundles with these numbers needs at a site, and its launches in order; remembered."""
+        key = (site, mix)
         if key not in self._merged:
             if len(self._merged) > 2**14:
                 self._merged.clear()
@@ -114,7 +114,8 @@ class FusedStep:
     def __init__(self, kernels: FusedKernels, segments: Segments, bundles: Mapping[int, Bundle]) -> None:
         """`bundles` by slot: of runs whose delta has one."""
         self.kernels = kernels
-        self.bundles = frozenset(bundles.values())
+        self.bundles = list(bundles.values())
+        self._mix = frozenset(bundle.number for bundle in self.bundles)
         runs = [run for run in segments.runs if run.slot in bundles]
         rows = [(run.slot, row, 1) for run in runs for row in range(run.start, run.stop)]
         tiles = [
@@ -138,7 +139,7 @@ class FusedStep:
         `rows`: those of the site's weight, where y has more columns."""
         if not self.bundles:
             return
-        plan, launches = self.kernels.plan(site, self.bundles)
+        plan, launches = self.kernels.plan(site, self._mix, self.bundles)
         if launches:
             _SiteCall(self, site, plan, x, y, bias, y.shape[1] if rows is None else rows).run(launches)
 

@@ -18,17 +18,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve_kernels.fused.device import load_float, load_segment, row_scales
+from deltaserve_kernels.fused.device import add_to, load_float, load_segment, parts_of, row_scales, tile_of
 
 
 @triton.jit
-def _codes(words, x, real, sums, scale_at, zero, superblocks, BITS: tl.constexpr, GROUP: tl.constexpr,
-           LANES: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """Σ_k (q − z) · x̂, float32 [N, M]. `words`, `x` point to the first superblock's; `sums`: of groups, or of 64."""
+def _codes(words, x, stride, real, sums, begin, scale_at, zero, superblocks, width,
+           BITS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """Σ_k (q − z) · x̂, float32 [N, M]. `words`, `x` point to the first superblock's, x in the first copy; `sums` to the
+    row's sums. Read are those of its groups, of superblocks if these are smaller, or of 64 columns."""
     SLOTS: tl.constexpr = 16 // BITS
     COLS: tl.constexpr = LANES * SLOTS
     IN_PLACE: tl.constexpr = 8 // BITS if BITS == 4 else 10 // BITS
     MASK: tl.constexpr = ((1 << BITS) - 1) * 65537
+    COPY: tl.constexpr = 3 if BITS == 4 else BITS
+    SIZE: tl.constexpr = 64 if GROUP == 0 else (GROUP if GROUP < COLS else COLS)
+    x += COPY * stride
+    sums += width // 8 - 2 * (width // SIZE) + begin // SIZE
     out = tl.zeros((N, M), tl.float32)
     for number in range(superblocks):
         word = tl.load(words + number * (64 * LANES // 2))
@@ -64,14 +69,6 @@ def _codes(words, x, real, sums, scale_at, zero, superblocks, BITS: tl.constexpr
 
 
 @triton.jit
-def _sums_from(width, begin, BITS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr):
-    """Where a part's sums begin: those of its groups, of superblocks if these are smaller, or of 64 columns."""
-    COLS: tl.constexpr = LANES * (16 // BITS)
-    SIZE: tl.constexpr = 64 if GROUP == 0 else (GROUP if GROUP < COLS else COLS)
-    return width // 8 - 2 * (width // SIZE) + begin // SIZE
-
-
-@triton.jit
 def _values(values, x, real, superblocks, LANES: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Σ_k w · x̂ of float16 weights."""
     out = tl.zeros((N, M), tl.float32)
@@ -89,10 +86,9 @@ def grouped_matmul_kernel(
     GROUP: tl.constexpr, EACH: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """x, sums, exponents: as activation_prep leaves them, with M rows more than the step has, width and
-    stride in units of 128. y [·, y_stride]: added to, all of a
-    delta's parts at once, or with EACH one by one, each from its own column on. Segments have at most M rows; `tiles`:
-    row tiles of N that cover the tallest part.
+    """x, sums, exponents: as activation_prep leaves them, with M rows more than the step has; width and stride in units
+    of 128. y [·, y_stride] is added to: all of a delta's parts at once, or with EACH one by one, each from its own
+    column on. Segments have at most M rows; `tiles`: row tiles of N that cover the tallest part.
     """
     width, stride = width * 128, stride * 128  # so that the compiler knows what divides them
     column = tl.arange(0, LANES // 2)
@@ -101,12 +97,11 @@ def grouped_matmul_kernel(
         n = (item % tiles) * N + tl.arange(0, N)
         m = first + tl.arange(0, M)
         real = tl.arange(0, M) < count
-        bundle = tl.load(slots + slot)
-        header = pool_field + bundle * 2
+        bundle, words, start, stop = parts_of(pool_field, slots, slot, site)
         total = tl.zeros((N, M), tl.float32)
         height = 0
-        for number in range(tl.load(header + site), tl.load(header + site + 1)):
-            part = header + number * 16
+        for number in range(start, stop):
+            part = words + number * 16
             if tl.load(part) == key:
                 height = tl.load(part + 12).to(tl.int32)
                 superblocks = tl.load(part + 5).to(tl.int32)
@@ -114,7 +109,7 @@ def grouped_matmul_kernel(
                 known = tl.minimum(n, (height + 63) // 64 * 64 - 1)
                 row = (known // 64) * superblocks * 64 + known % 64
                 codes = bundle + tl.load(part + 2)
-                words = pool_word + codes * 4 + (row * (LANES // 2)).to(tl.int64)[:, None] + column[None, :]
+                packed = pool_word + codes * 4 + (row * (LANES // 2)).to(tl.int64)[:, None] + column[None, :]
                 begin = tl.load(part + 13).to(tl.int32) * 128
                 at = x + (variant + m)[None, :] * width + begin + tl.arange(0, LANES)[:, None]
                 sums_at = sums + (variant + m) * (width // 128 * 15)
@@ -126,20 +121,20 @@ def grouped_matmul_kernel(
                     scale_at += (bundle + tl.load(part + 8)) * 4 + (known // 64) * groups * 64 + known % 64
                 inner = tl.zeros((N, M), tl.float32)
                 if bits == 1:
-                    own = sums_at + _sums_from(width, begin, 1, GROUP, LANES)
                     inner = _codes(
-                        words, at + stride, real[None, :], own, scale_at, zero, superblocks, 1, GROUP, LANES, M, N
-                    )
+                        packed, at, stride, real[None, :], sums_at, begin, scale_at, zero, superblocks, width, 1,
+                        GROUP, LANES, M, N,
+                    )  # fmt: skip
                 elif bits == 2:
-                    own = sums_at + _sums_from(width, begin, 2, GROUP, LANES)
                     inner = _codes(
-                        words, at + 2 * stride, real[None, :], own, scale_at, zero, superblocks, 2, GROUP, LANES, M, N
-                    )
+                        packed, at, stride, real[None, :], sums_at, begin, scale_at, zero, superblocks, width, 2,
+                        GROUP, LANES, M, N,
+                    )  # fmt: skip
                 elif bits == 4:
-                    own = sums_at + _sums_from(width, begin, 4, GROUP, LANES)
                     inner = _codes(
-                        words, at + 3 * stride, real[None, :], own, scale_at, zero, superblocks, 4, GROUP, LANES, M, N
-                    )
+                        packed, at, stride, real[None, :], sums_at, begin, scale_at, zero, superblocks, width, 4,
+                        GROUP, LANES, M, N,
+                    )  # fmt: skip
                 else:
                     values = pool_value + codes * 8 + (row * LANES).to(tl.int64)[:, None] + tl.arange(0, LANES)[None, :]
                     inner = _values(values, at, real[None, :], superblocks, LANES, M, N)
@@ -147,14 +142,10 @@ def grouped_matmul_kernel(
                 scales = row_scales(pool_float, bundle, part, n, n < height)
                 inner = inner * scales[:, None] * exponent[None, :]
                 if EACH:
-                    to = y + m.to(tl.int64)[None, :] * y_stride + tl.load(part + 14) + n[:, None]
-                    there = real[None, :] & (n < height)[:, None]
-                    tl.store(to, tl.load(to, mask=there, other=0.0) + inner, mask=there)
+                    to = tile_of(y + tl.load(part + 14), m, n, y_stride)
+                    add_to(to, inner, real[None, :] & (n < height)[:, None])
                 else:
                     total += tl.where((n < height)[:, None], inner, 0.0)
         if not EACH:
             if height != 0:
-                to = y + m.to(tl.int64)[None, :] * y_stride + n[:, None]
-                there = real[None, :] & (n < height)[:, None]
-                total += tl.load(to, mask=there, other=0.0).to(tl.float32)
-                tl.store(to, total.to(y.dtype.element_ty), mask=there)
+                add_to(tile_of(y, m, n, y_stride), total, real[None, :] & (n < height)[:, None])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve_kernels.fused.device import load_float, load_segment
+from deltaserve_kernels.fused.device import add_to, load_float, load_segment, parts_of, tile_of
 from deltaserve_kernels.sparse_matmul.fused import load_entries
 
 
@@ -28,12 +28,11 @@ def patch_matmul_kernel(
         n = block * SIZE + tl.arange(0, SIZE)
         m = first + tl.arange(0, M)
         real = tl.arange(0, M) < count
-        bundle = tl.load(slots + slot)
-        header = pool_field + bundle * 2
+        bundle, words, start, stop = parts_of(pool_field, slots, slot, site)
         total = tl.zeros((SIZE, M), tl.float32)
         height = 0
-        for number in range(tl.load(header + site), tl.load(header + site + 1)):
-            part = header + number * 16
+        for number in range(start, stop):
+            part = words + number * 16
             if tl.load(part) == key:
                 height = tl.load(part + 12).to(tl.int32)
                 bits = tl.load(part + 1).to(tl.int32)
@@ -55,7 +54,4 @@ def patch_matmul_kernel(
                 exponent = tl.load(exponents + variant + m, mask=real, other=0.0)
                 total += inner * load_float(part, 4) * exponent[None, :]
         if height != 0:
-            to = y + m.to(tl.int64)[None, :] * y_stride + n[:, None]
-            there = real[None, :] & (n < height)[:, None]
-            total += tl.load(to, mask=there, other=0.0).to(tl.float32)
-            tl.store(to, total.to(y.dtype.element_ty), mask=there)
+            add_to(tile_of(y, m, n, y_stride), total, real[None, :] & (n < height)[:, None])

@@ -152,12 +152,6 @@ def _column(part: Part, scale: Tensor | None) -> Part:
     return part if scale is None else replace(part, tensors=part.tensors | {"col": _floats(scale)})
 
 
-def _levels(term: Coded) -> Tensor:
-    """float32 [2^bits]: what the codes stand for."""
-    codes = layout.pack(torch.arange(2**term.bits)[:, None], term.bits)
-    return replace(term, rows=2**term.bits, cols=1, codes=codes, mask=None).values(torch.float32).flatten()
-
-
 def _coded(term: Coded) -> Part | None:
     if term.grid == "float":
         return _dense(term)
@@ -166,7 +160,7 @@ def _coded(term: Coded) -> Part | None:
     codes = layout.unpack(term.codes, term.bits, term.cols)
     tensors = {
         "codes": packing.lanes(packing.tiles(codes), term.bits),
-        "table": _at_least(32, _levels(term)).bfloat16(),
+        "table": _at_least(32, term.levels(torch.float32)).bfloat16(),
     }
     numbers = {"bits": term.bits}
     row = term.row
@@ -202,7 +196,7 @@ def _sparse(term: Coded) -> Part | None:
     tensors = {
         "codes": packing.lanes(packing.by_sixteen(entries), bits),
         "starts": starts.int(),
-        "values": _at_least(16, _levels(term)),
+        "values": _at_least(16, term.levels(torch.float32)),
     }
     numbers = {"bits": bits, "value_bits": term.bits, "survivors": term.num_codes}
     return _column(_row(Part(Kind.SPARSE, term.rows, term.cols, numbers, tensors), term.row), term.col)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve_kernels.fused.device import load_segment, row_scales
+from deltaserve_kernels.fused.device import add_to, load_segment, parts_of, row_scales
 
 
 @triton.jit
@@ -51,12 +51,11 @@ def gather_matmul_kernel(
     for item in range(tl.program_id(0), tl.load(segments) * tiles, PROGRAMS):
         slot, m, _count = load_segment(segments, item // tiles)
         n = (item % tiles) * N + tl.arange(0, N)
-        bundle = tl.load(slots + slot)
-        header = pool_field + bundle * 2
+        bundle, words, start, stop = parts_of(pool_field, slots, slot, site)
         total = tl.zeros((N,), tl.float32)
         height = 0
-        for number in range(tl.load(header + site), tl.load(header + site + 1)):
-            part = header + number * 16
+        for number in range(start, stop):
+            part = words + number * 16
             if tl.load(part) == key:
                 height = tl.load(part + 12).to(tl.int32)
                 known = n < height
@@ -88,12 +87,9 @@ def gather_matmul_kernel(
                         inner += weight * tl.load(origin + index, mask=known, other=0.0).to(tl.float32)
                 inner = inner * row_scales(pool_float, bundle, part, n, known) * tl.load(exponents + place)
                 if EACH:
-                    to = y + m.to(tl.int64) * y_stride + tl.load(part + 14) + n
-                    tl.store(to, tl.load(to, mask=known, other=0.0) + inner, mask=known)
+                    add_to(y + m.to(tl.int64) * y_stride + tl.load(part + 14) + n, inner, known)
                 else:
                     total += inner
         if not EACH:
             if height != 0:
-                to = y + m.to(tl.int64) * y_stride + n
-                total += tl.load(to, mask=n < height, other=0.0).to(tl.float32)
-                tl.store(to, total.to(y.dtype.element_ty), mask=n < height)
+                add_to(y + m.to(tl.int64) * y_stride + n, total, n < height)

@@ -54,15 +54,16 @@ class Coded(Packed):
         """grid(codes), before scales: [rows, n]. Exact in any float dtype for sign, odd and int grids."""
         if self.grid == "float":
             return self.codes.to(dtype)
-        steps = torch.arange(2**self.bits, device=self.codes.device, dtype=dtype)
+        return layout.lookup(self.codes, self.levels(dtype), self.bits, self.num_codes)
+
+    def levels(self, dtype: torch.dtype) -> Tensor:
+        """[2^bits]: what the codes of a coded grid stand for."""
         if self.grid == "table":
             assert self.table is not None
-            table = self.table.to(dtype)
-        elif self.grid == "int":
-            table = steps - 2 ** (self.bits - 1)
-        else:
-            table = 2 * steps - (2**self.bits - 1)
-        return layout.lookup(self.codes, table, self.bits, self.num_codes)
+            return self.table.to(dtype)
+        steps = torch.arange(2**self.bits, device=self.codes.device, dtype=dtype)
+        levels: Tensor = steps - 2 ** (self.bits - 1) if self.grid == "int" else 2 * steps - (2**self.bits - 1)
+        return levels
 
     def row_scales(self, dtype: torch.dtype) -> Tensor | None:
         """`row` as it multiplies values: [], [rows, 1] or [rows, cols]."""

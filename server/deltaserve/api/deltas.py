@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from pydantic import Field
 
 from deltaserve.api.deps import CallerDep, Services, ServicesDep
 from deltaserve.api.schemas import Text, Wire
+from deltaserve.deltas.parts import PIECE_BYTES
 from deltaserve.deltas.store import Destination, Stored
 from deltaserve.errors import ArtifactTooLarge, NameConflict, PermissionDenied
 from deltaserve.tenants.accounts import Caller
@@ -20,7 +22,6 @@ from deltaserve.tenants.models import Canary, Change, Condition, Model, Version,
 
 router = APIRouter()
 changing = APIRouter()
-PIECE_BYTES = 2**20  # handed to the disk at once
 Sha256 = Annotated[str | None, Query(pattern="^[0-9a-fA-F]{64}$")]
 Number = Annotated[int, Field(ge=1, lt=2**31)]
 
@@ -94,18 +95,23 @@ def largest(services: Services, to: Destination, declared: int) -> int:
     return most
 
 
+async def in_pieces(http: Request, write: Callable[[bytes], Awaitable[object]]) -> None:
+    """The body, to `write`, PIECE_BYTES or a little more at a time."""
+    pending = bytearray()
+    async for piece in http.stream():
+        pending += piece
+        if len(pending) >= PIECE_BYTES:
+            await write(bytes(pending))
+            pending.clear()
+    await write(bytes(pending))
+
+
 async def _receive(services: Services, http: Request, to: Destination, max_bytes: int, sha256: str | None) -> Stored:
     """The body, to the disk, checked, and stored; nothing of it stays if any of that fails."""
     in_pool = partial(asyncio.get_running_loop().run_in_executor, services.upload_pool)  # requests have other threads
     upload = await in_pool(services.intake.begin, max_bytes)
     try:
-        pending = bytearray()
-        async for piece in http.stream():
-            pending += piece
-            if len(pending) >= PIECE_BYTES:
-                await in_pool(upload.write, bytes(pending))
-                pending.clear()
-        await in_pool(upload.write, bytes(pending))
+        await in_pieces(http, partial(in_pool, upload.write))
         return await in_pool(services.intake.accept, to, upload, sha256)
     finally:
         await asyncio.shield(in_pool(upload.close))

@@ -10,9 +10,10 @@ from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
-from deltaserve.api.deltas import PIECE_BYTES, destination, largest
+from deltaserve.api.deltas import destination, largest
 from deltaserve.api.deps import CallerDep, Services, ServicesDep
 from deltaserve.api.schemas import Text, Wire
+from deltaserve.deltas.parts import PIECE_BYTES
 from deltaserve.deltas.store import Destination, Stored
 from deltaserve.errors import NameConflict
 from deltaserve.tenants.models import ALWAYS

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import Field
 
-from deltaserve.api.deltas import PIECE_BYTES, destination, largest
+from deltaserve.api.deltas import destination, in_pieces, largest
 from deltaserve.api.deps import CallerDep, ServicesDep
 from deltaserve.api.multipart import OVERHEAD_BYTES, OneFile
 from deltaserve.api.schemas import Text, Wire
@@ -120,13 +120,7 @@ async def add_part(upload_id: str, http: Request, services: ServicesDep, caller:
         file = await in_pool(services.parts.begin, upload)
         try:
             form = OneFile(http.headers.get("content-type", ""), "data", file.write)
-            pending = bytearray()
-            async for piece in http.stream():
-                pending += piece
-                if len(pending) >= PIECE_BYTES:
-                    await in_pool(form.feed, bytes(pending))
-                    pending.clear()
-            await in_pool(form.feed, bytes(pending))
+            await in_pieces(http, partial(in_pool, form.feed))
             form.end()
             return _part(upload, await in_pool(services.parts.keep, upload, file))
         finally:

@@ -29,7 +29,7 @@ from deltaserve.tenants.uploads import Part, PartedUpload, PartedUploads, Status
 
 MAX_PART_BYTES = 64 * 2**20  # OpenAI's
 MAX_PARALLEL = 16  # parts of one upload that are received at once
-PIECE_BYTES = 2**20
+PIECE_BYTES = 2**20  # handed to the disk at once
 
 
 class Accept(Protocol):

@@ -58,7 +58,8 @@ class TransformersModel(ServedModel):
         self.context.step = step
         if self.fused is not None:
             self.context.fused = fused_step(self.fused, step, step.segments)
-            self.context.fused_head = fused_step(self.fused, step, step.head_segments)
+            same = step.head_segments == step.segments  # while all decode
+            self.context.fused_head = self.context.fused if same else fused_step(self.fused, step, step.head_segments)
         try:
             output = self.decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
             hidden: Tensor = output.last_hidden_state[0]

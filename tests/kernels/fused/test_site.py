@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -138,6 +139,14 @@ def test_a_bundle_may_lie_anywhere(kernels: FusedKernels) -> None:
     moved = Bundle(bundle.memory.clone(), bundle.plans)
     bundle.memory.fill_(255)
     assert torch.equal(add(kernels, {0: moved}, [0], x, torch.zeros(1, 70)), y)
+
+
+def test_nothing_holds_a_bundle_after_its_step(kernels: FusedKernels) -> None:
+    bundle = bundle_of(kernels, (forms(70, 96)["odd-2"], 1.0))
+    memory = weakref.ref(bundle.memory)
+    add(kernels, {0: bundle}, [0], activations(1, 96), torch.zeros(1, 70))
+    del bundle
+    assert memory() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
