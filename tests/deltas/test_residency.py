@@ -223,6 +223,21 @@ def test_a_failed_load_is_told_once_and_then_tried_again(make: Callable[..., She
     assert shelf.residency.slots[shelf.pin(0)] is not None
 
 
+def test_a_failure_is_told_to_those_who_waited_and_to_nobody_after_them(make: Callable[..., Shelf]) -> None:
+    shelf = make()
+    path = shelf.files.pop(shelf.digests[0])
+    shelf.want(0)
+    assert shelf.ready.acquire(timeout=WAIT_S)
+    shelf.want(0)  # the next step's turns, with the same request
+    with pytest.raises(DeltaLoadFailed):
+        shelf.pin(0)
+    shelf.use(1)  # nobody waits for 0: it is not tried beside this
+    shelf.residency.prewarm(shelf.digests[0])
+    assert shelf.ready.acquire(timeout=WAIT_S)
+    shelf.files[shelf.digests[0]] = path  # the same bytes, sent again
+    shelf.use(0)
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "other"])
 def test_a_damaged_file_is_known_by_its_digest(make: Callable[..., Shelf], tmp_path: Path, damage: str) -> None:
     shelf = make()

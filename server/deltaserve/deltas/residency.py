@@ -79,6 +79,7 @@ class Residency:
         Raises DeltaLoadFailed once for a load that failed; the next call tries again."""
         with self._lock:
             if (failure := self._failures.pop(digest, None)) is not None:
+                self._wanted.pop(digest, None)  # all that waited end with it: it is not read again for them
                 raise failure
             if digest not in self._slot_of:
                 self._wanted.setdefault(digest, self._clock())
@@ -289,8 +290,8 @@ class Residency:
         """Whoever waits for a delta that failed is told, and nobody else."""
         if failure is not None:
             logger.error("%s", failure.message)
-            self._failures[digest] = failure
-            self._wanted.pop(digest, None)
+            if self._wanted.pop(digest, None) is not None:
+                self._failures[digest] = failure
             self._kept.pop(digest, None)
             self._prewarmed.pop(digest, None)
         self._settle()
