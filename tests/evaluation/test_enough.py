@@ -1,4 +1,4 @@
-"""`compress --keep` and `--max-kl`: the file that is written passes; what cannot be is refused before it is tried."""
+"""`compress --keep`, `--max-kl` or no budget: the file that is written passes; what cannot be is refused."""
 
 from __future__ import annotations
 
@@ -65,6 +65,23 @@ def test_max_kl_takes_more_bits_the_nearer_it_shall_stay(tiny_base: Path, tuned:
         assert run("compress", tiny_base, tuned, "-o", tmp_path / limit, "--max-kl", limit, "--quiet") == 0
         sizes.append(Artifact.open(tmp_path / limit).bits_per_parameter)
     assert sizes[0] < sizes[1]
+
+
+def test_without_a_budget_a_few_candidates_end_where_the_delta_is_near(
+    tiny_base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bits = []
+    for near in (0.05, 0.5):
+        monkeypatch.setattr(enough, "NEAR", near)
+        out = tmp_path / str(near)
+        assert run("compress", tiny_base, tuned, "-o", out, "--quiet") == 0
+        *before, last = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("enough")]
+        assert 0 < len(before) < enough.CANDIDATES
+        assert float(last[0]) == pytest.approx(Artifact.open(out).bits_per_parameter, abs=1e-4)
+        assert float(last[1]) < near
+        bits.append(float(last[0]))
+    assert bits[0] > bits[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.05", "0.5"]
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     text = f"(default: {DEFAULT_CODEC}; delta-svd with --rank or --energy)"
     parser.add_argument("--codec", help=f"server/deltaserve/codecs/README.md has them all {text}")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--bits", type=float, help="bits per parameter (auto: of the whole file; chosen if not given)")
+    budget.add_argument("--bits", type=float, help="bits per parameter (auto: of the whole file; probed if not given)")
     budget.add_argument("--rank", type=int, help="delta-svd, lora-svd: directions kept of each matrix")
     budget.add_argument("--energy", type=float, help="delta-svd: share of ‖Δ‖² kept, up to 1")
     budget.add_argument(
@@ -98,7 +98,7 @@ def compress(args: argparse.Namespace) -> int:
     with progress_bar(quiet=args.quiet) as progress:
         if codec is None:
             artifact = import_adapter(base, Path(args.finetuned), args.output, progress=progress)
-        elif args.keep is not None or args.max_kl is not None:
+        elif _is_asked_nothing(args, codec) or args.keep is not None or args.max_kl is not None:
             artifact, tried = _search(args, base, finetuned, progress)
         else:
             calibration, seed = args.calibration or "builtin", args.seed or 0
@@ -135,13 +135,23 @@ def _search(
     )
     if args.keep is not None:
         return enough.keep(given, args.keep, load_rows(args.data), args.scoring or "exact", args.output)
-    return enough.stay_near(given, args.max_kl, args.output)
+    if args.max_kl is not None:
+        return enough.stay_near(given, args.max_kl, args.output)
+    return enough.probe(given, args.output)
+
+
+def _is_asked_nothing(args: argparse.Namespace, codec: Codec) -> bool:
+    """auto, with neither bits nor the noise that stands for them."""
+    return codec.name == "auto" and args.bits is None and "noise" not in dict(args.option or [])
 
 
 def _write_tried(args: argparse.Namespace, tried: list[Tried]) -> None:
     if not tried:
         return
-    what, form = ("exact match kept", ".1%") if args.keep is not None else ("KL, nats a token", ".4f")
+    if args.keep is not None:
+        what, form = "exact match kept", ".1%"
+    else:
+        what, form = "KL to the fine-tune, nats a token, calibration or general text", ".4f"
     table = console.plain_table("bits/parameter", what, "")
     for step in tried:
         table.add_row(f"{step.bits:.4f}", format(step.measured, form), "enough" if step.passed else "not enough")

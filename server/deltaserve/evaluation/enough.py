@@ -1,20 +1,25 @@
-"""auto with an aim instead of a budget: the smallest delta that keeps a share of the task, or stays near the fine-tune.
+"""auto without a budget: the smallest delta that keeps a share of the task, or stays near the fine-tune.
 
 keep        exact match of the restored model ≥ share · exact match of the fine-tune, on the user's rows
 stay near   KL(fine-tune ‖ restored) ≤ limit nats a token, on calibration texts and on general text, the worse of both
+probe       nothing was asked for: about `NEAR` nats, by the same measure. The first guess is by the size of the delta
+            (codecs.auto); KL is near noise²/2 and noise² ∝ 1/bits, so each candidate says how many bits the next takes
 """
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltaserve.codecs.auto import Auto
+from deltaserve.codecs.auto import LEAST, MOST_FILE, Auto
+from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.calibration import load_texts
 from deltaserve.deltas.companions import load_tokenizer
 from deltaserve.deltas.compress import make_manifest
 from deltaserve.deltas.prepare import Preparation, make_delta
-from deltaserve.errors import CheckpointError
+from deltaserve.errors import CheckpointError, CodecError
 from deltaserve.evaluation.divergence import Divergence
 from deltaserve.evaluation.general import builtin_texts, windows
 from deltaserve.evaluation.judge import Judge
@@ -22,17 +27,17 @@ from deltaserve.evaluation.search import Search, Tried
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     import torch
 
-    from deltaserve.deltas.artifact import Artifact
     from deltaserve.deltas.checkpoint import Checkpoint
     from deltaserve.deltas.compress import Progress
     from deltaserve.deltas.prepare import BaseShift
     from deltaserve.evaluation.rows import Row, Scoring
 
 CALIBRATION_TEXTS, GENERAL_TOKENS = 32, 4096
+NEAR, CANDIDATES = 0.05, 3  # nats a token; deltas made at most
+AIM = 0.8  # of NEAR, for the next candidate; from NEAR / 2 on a candidate is not made smaller
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,29 @@ def stay_near(given: Given, limit: float, out: Path) -> tuple[Artifact, list[Tri
     return _smallest(given, lambda made: max(divergence.measure(made).values()), lambda kl: kl <= limit, out)
 
 
+def probe(given: Given, out: Path) -> tuple[Artifact, list[Tried]]:
+    """The last of what was tried is the file. It is nearer than `NEAR` but where `CANDIDATES` did not reach that."""
+    make, bits = _maker(given)
+    divergence, tried = _divergence(given), list[Tried]()
+    with tempfile.TemporaryDirectory(prefix=".probe-", dir=out.parent) as work:
+        made: list[Path] = []
+        for number in range(CANDIDATES):
+            file = Path(work) / str(number)
+            try:
+                artifact = make(bits if number else None, file)
+            except CodecError:  # too small a file for what every file holds: the one before is kept
+                break
+            made.append(file)
+            kl = max(divergence.measure(artifact).values())
+            tried.append(Tried(artifact.bits_per_parameter, kl, kl <= NEAR))
+            wanted = min(max(bits * kl / (AIM * NEAR), LEAST), MOST_FILE)
+            if NEAR / 2 <= kl <= NEAR or wanted == bits:
+                break
+            bits = wanted
+        made[-1].replace(out)
+    return Artifact.open(out), tried
+
+
 def _divergence(given: Given) -> Divergence:
     tokenizer = load_tokenizer(given.base.directory, make_manifest(given.base, given.finetuned, "auto", {}))
     texts = {
@@ -78,14 +106,12 @@ def _divergence(given: Given) -> Divergence:
     return Divergence(given.base, given.finetuned, texts, given.dtype)
 
 
-def _smallest(
-    given: Given, measure: Callable[[Artifact], float], passes: Callable[[float], bool], out: Path
-) -> tuple[Artifact, list[Tried]]:
+def _maker(given: Given) -> tuple[Callable[[float | None, Path], Artifact], float]:
+    """What makes a file of so many bits per parameter, None: as many as the first guess; and that."""
     guess = Auto(**given.options)
     ready = Preparation(given.base, given.finetuned, guess, given.calibration)
-    tried: list[Tried] = []
 
-    def make(bits: float, file: Path) -> Artifact:
+    def make(bits: float | None, file: Path) -> Artifact:
         return make_delta(
             given.base,
             given.finetuned,
@@ -98,5 +124,12 @@ def _smallest(
             progress=given.progress,
         )
 
-    artifact = Search(make, measure, passes, tried.append).run(guess.budget(ready.layers), out)
-    return artifact, tried
+    return make, guess.budget(ready.layers)
+
+
+def _smallest(
+    given: Given, measure: Callable[[Artifact], float], passes: Callable[[float], bool], out: Path
+) -> tuple[Artifact, list[Tried]]:
+    make, guess = _maker(given)
+    tried: list[Tried] = []
+    return Search(make, measure, passes, tried.append).run(guess, out), tried
