@@ -16,13 +16,10 @@ from deltaserve.cli.console import progress_bar, size, write
 from deltaserve.errors import BadRequest, CodecError
 
 if TYPE_CHECKING:
-    from deltaserve.codecs.base import Codec
     from deltaserve.deltas.artifact import Artifact
-    from deltaserve.deltas.checkpoint import Checkpoint
-    from deltaserve.deltas.compress import Progress
+    from deltaserve.deltas.recipe import Recipe
     from deltaserve.evaluation.search import Tried
 
-DEFAULT_CODEC = "auto"
 CODING = (
     "codec",
     "bits",
@@ -47,7 +44,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("base", metavar="BASE", help="directory, hub id or .gguf file")
     parser.add_argument("finetuned", metavar="FINETUNED", help="the same, or a PEFT adapter's directory: LoRA, (IA)³")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
-    text = f"(default: {DEFAULT_CODEC}; delta-svd with --rank or --energy)"
+    text = "(default: auto; delta-svd with --rank or --energy)"
     parser.add_argument("--codec", help=f"server/deltaserve/codecs/README.md has them all {text}")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--bits", type=float, help="bits per parameter (auto: of the whole file; probed if not given)")
@@ -75,15 +72,16 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def compress(args: argparse.Namespace) -> int:
-    from deltaserve.deltas.adapters import import_adapter, is_adapter
+    from deltaserve.deltas.adapters import is_adapter
     from deltaserve.deltas.checkpoint import Checkpoint
-    from deltaserve.deltas.prepare import make_delta
+    from deltaserve.evaluation.recipes import make
+    from deltaserve.evaluation.rows import load_rows
 
     adapter = is_adapter(Path(args.finetuned))
     given = [f"--{name.replace('_', '-')}" for name in CODING if getattr(args, name) is not None]
     if adapter and given:
         raise BadRequest(f"{args.finetuned} is an adapter and is kept as it is: {', '.join(given)} do not apply")
-    codec = None if adapter else _codec(args)
+    recipe = _recipe(args)
     if (args.keep is None) != (args.data is None):
         raise BadRequest("--keep and --data need each other")
     if args.scoring and args.keep is None:
@@ -94,55 +92,26 @@ def compress(args: argparse.Namespace) -> int:
         raise BadRequest(f"{args.output} is an input; it is not overwritten")
     if args.output.is_dir() or not args.output.parent.is_dir():
         raise BadRequest(f"{args.output}: {'a directory' if args.output.is_dir() else 'its directory does not exist'}")
-    tried: list[Tried] = []
+    rows = load_rows(args.data) if args.data is not None else []
     with progress_bar(quiet=args.quiet) as progress:
-        if codec is None:
-            artifact = import_adapter(base, Path(args.finetuned), args.output, progress=progress)
-        elif _is_asked_nothing(args, codec) or args.keep is not None or args.max_kl is not None:
-            artifact, tried = _search(args, base, finetuned, progress)
-        else:
-            calibration, seed = args.calibration or "builtin", args.seed or 0
-            artifact = make_delta(
-                base,
-                finetuned,
-                codec,
-                args.output,
-                seed=seed,
-                calibration=calibration,
-                base_shift=args.base_shift,
-                allocate=args.allocate,
-                progress=progress,
-            )
-    _write_tried(args, tried)
-    _write_summary(args, artifact, base.num_bytes if adapter else finetuned.num_bytes)
+        made = make(recipe, base, args.finetuned, args.output, rows=rows, progress=progress)
+    _write_tried(args, made.tried)
+    _write_summary(args, made.artifact, made.full_bytes)
     return 0
 
 
-def _search(
-    args: argparse.Namespace, base: Checkpoint, finetuned: Checkpoint, progress: Progress | None
-) -> tuple[Artifact, list[Tried]]:
-    from deltaserve.evaluation import enough
-    from deltaserve.evaluation.rows import load_rows
+def _recipe(args: argparse.Namespace) -> Recipe:
+    from deltaserve.deltas.recipe import Recipe
 
-    given = enough.Given(
-        base=base,
-        finetuned=finetuned,
-        options=dict(args.option or []),
-        calibration=args.calibration or "builtin",
-        base_shift=args.base_shift,
-        seed=args.seed or 0,
-        progress=progress,
+    given = {name: getattr(args, name) for name in CODING if name not in ("data", "option")}
+    recipe = Recipe(
+        options=dict(args.option or []), **{name: value for name, value in given.items() if value is not None}
     )
-    if args.keep is not None:
-        return enough.keep(given, args.keep, load_rows(args.data), args.scoring or "exact", args.output)
-    if args.max_kl is not None:
-        return enough.stay_near(given, args.max_kl, args.output)
-    return enough.probe(given, args.output)
-
-
-def _is_asked_nothing(args: argparse.Namespace, codec: Codec) -> bool:
-    """auto, with neither bits nor the noise that stands for them."""
-    return codec.name == "auto" and args.bits is None and "noise" not in dict(args.option or [])
+    try:
+        recipe.make_codec()
+    except CodecError as error:  # the command line says what cannot be: wrong usage
+        raise BadRequest(error.message) from None
+    return recipe
 
 
 def _write_tried(args: argparse.Namespace, tried: list[Tried]) -> None:
@@ -156,25 +125,6 @@ def _write_tried(args: argparse.Namespace, tried: list[Tried]) -> None:
     for step in tried:
         table.add_row(f"{step.bits:.4f}", format(step.measured, form), "enough" if step.passed else "not enough")
     console.write_table(table)
-
-
-def _codec(args: argparse.Namespace) -> Codec:
-    from deltaserve.codecs.budget import Budget
-    from deltaserve.codecs.registry import make_codec
-    from deltaserve.deltas.allocate import check_allocatable
-
-    options = dict(args.option or [])
-    budget = Budget(bits=args.bits, rank=args.rank, energy=args.energy)
-    try:
-        implied = DEFAULT_CODEC if args.rank is None and args.energy is None else "delta-svd"
-        codec = make_codec(args.codec or implied, budget, options)
-        if (args.keep is not None or args.max_kl is not None) and codec.name != "auto":
-            raise BadRequest(f"--keep and --max-kl choose the bits of auto, not of {codec.name}")
-        if args.allocate is not None:
-            check_allocatable(codec, args.allocate)
-        return codec
-    except CodecError as error:  # the command line says what cannot be: wrong usage
-        raise BadRequest(error.message) from None
 
 
 def _write_summary(args: argparse.Namespace, artifact: Artifact, full_bytes: int) -> None:
