@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deltaserve.api.openapi import errors_table
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.demo import SAMPLES, TENANTS
 from deltaserve.demo_base import FINGERPRINT
@@ -23,6 +24,11 @@ def test_the_settings_table_of_the_server_readme_is_complete_and_right() -> None
         default = "required" if field.is_required() else "" if field.default is None else f"`{field.default}`"
         expected["BASE" if name == "base" else name.replace("_", "-")] = f"{default} | {field.description}"
     assert table == expected
+
+
+def test_the_errors_table_of_the_server_readme_is_generated() -> None:
+    text = (ROOT / "server" / "README.md").read_text(encoding="utf-8")
+    assert errors_table() in text, "paste what python -m deltaserve.api.openapi prints"
 
 
 def test_every_command_that_the_readme_shows_exists(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,8 @@ from fastapi import FastAPI
 from deltaserve import __version__
 from deltaserve.api import admin, chat, completions, deltas, errors, health, loras, models, uploads, usage
 from deltaserve.api.deps import Services, needs
-from deltaserve.api.middleware import Authenticate, Identify
+from deltaserve.api.middleware import OPEN_PATHS, Authenticate, Identify
+from deltaserve.api.openapi import document
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.imports import ImportRoot
@@ -220,6 +221,7 @@ def create_app(services: Services) -> FastAPI:
     ):
         app.include_router(router, dependencies=dependencies)
     errors.install(app)
+    document(app, OPEN_PATHS)
 
     app.add_middleware(Authenticate, keys=services.keys)
     app.add_middleware(Identify, metrics=services.metrics)

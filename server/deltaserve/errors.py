@@ -15,6 +15,7 @@
     │   └── QuotaExceeded                   quota_exceeded             403
     ├── NotFound                            not_found                  404
     │   └── ModelNotFound                   model_not_found            404
+    ├── MethodNotAllowed                    method_not_allowed         405
     ├── NameConflict                        name_conflict              409
     ├── VersionInUse                        version_in_use             409
     ├── StoreInUse                          store_in_use               409
@@ -59,114 +60,176 @@ class DeltaServeError(Exception):
 
 
 class BadRequest(DeltaServeError):
+    """A field is missing, out of its range, or does not go with another."""
+
     code, http_status = "invalid_request", 400
 
 
 class InvalidJson(BadRequest):
+    """The body is no JSON object."""
+
     code = "invalid_json"
 
 
 class UnsupportedParameter(BadRequest):
+    """A field that this server does not know."""
+
     code = "unsupported_parameter"
 
 
 class ContextLengthExceeded(BadRequest):
+    """Prompt and answer are longer than the context."""
+
     code = "context_length_exceeded"
 
 
 class InvalidName(BadRequest):
+    """A name of a model, a tenant or a file that none may have."""
+
     code = "invalid_name"
 
 
 class TemplateError(BadRequest):
+    """The model's chat template failed, took too long or wrote too much."""
+
     code = "chat_template_error"
 
 
 class GrammarError(BadRequest):
+    """A schema, expression or grammar that cannot be used."""
+
     code = "invalid_grammar"
 
 
 class UploadClosed(BadRequest):
+    """The upload in parts was completed, cancelled, or has expired."""
+
     code = "upload_closed"
 
 
 class DigestMismatch(BadRequest):
+    """What was received is not what its digest says."""
+
     code = "digest_mismatch"
 
 
 class AuthenticationFailed(DeltaServeError):
+    """No key, or one that is unknown, revoked or expired."""
+
     code, http_status = "invalid_api_key", 401
 
 
 class PermissionDenied(DeltaServeError):
+    """The key lacks the scope, or the object is another's."""
+
     code, http_status = "insufficient_permissions", 403
 
 
 class QuotaExceeded(PermissionDenied):
+    """The tenant may store no more models or bytes."""
+
     code = "quota_exceeded"
 
 
 class NotFound(DeltaServeError):
+    """There is no such path, tenant, key, upload or file for this caller."""
+
     code, http_status = "not_found", 404
 
 
 class ModelNotFound(NotFound):
+    """There is no such model or version for this caller."""
+
     code = "model_not_found"
 
 
+class MethodNotAllowed(DeltaServeError):
+    """The path does not take this method."""
+
+    code, http_status = "method_not_allowed", 405
+
+
 class NameConflict(DeltaServeError):
+    """The name is taken, or belongs to what stays."""
+
     code, http_status = "name_conflict", 409
 
 
 class VersionInUse(DeltaServeError):
+    """A name or its canary points to this version."""
+
     code, http_status = "version_in_use", 409
 
 
 class StoreInUse(DeltaServeError):
+    """Another server works on the store (at start only)."""
+
     code, http_status = "store_in_use", 409
 
 
 class IncompatibleStore(DeltaServeError):
+    """The store was written by a newer deltaserve (at start only)."""
+
     code, http_status = "incompatible_store", 409
 
 
 class PreconditionFailed(DeltaServeError):
+    """If-Match or If-None-Match does not hold."""
+
     code, http_status = "precondition_failed", 412
 
 
 class ArtifactTooLarge(DeltaServeError):
+    """More bytes than are accepted, in the file or in memory."""
+
     code, http_status = "artifact_too_large", 413
 
 
 class ArtifactError(DeltaServeError):
+    """The file is no delta artifact of a known version."""
+
     code, http_status = "invalid_artifact", 422
 
 
 class ArtifactCorrupt(ArtifactError):
+    """The file is cut off, padded, or breaks the format."""
+
     code = "artifact_corrupt"
 
 
 class ArtifactMismatch(ArtifactError):
+    """The artifact's tensors do not fit its base."""
+
     code = "artifact_mismatch"
 
 
 class ArtifactNotFinite(ArtifactError):
+    """The artifact holds NaN or infinite numbers."""
+
     code = "artifact_not_finite"
 
 
 class BaseMismatch(ArtifactError):
+    """The artifact was made against another base."""
+
     code = "base_mismatch"
 
 
 class CheckpointError(DeltaServeError):
+    """Files of a checkpoint that cannot be used (command line)."""
+
     code, http_status = "invalid_checkpoint", 422
 
 
 class CodecError(DeltaServeError):
+    """A codec's options that make no sense (command line)."""
+
     code, http_status = "invalid_codec_config", 422
 
 
 class RateLimited(DeltaServeError):
+    """The tenant's requests, tokens or sequences are used up for now."""
+
     code, http_status, retry_after_s = "rate_limit_exceeded", 429, 1
 
     def __init__(self, message: str, *, retry_after_s: int) -> None:
@@ -175,24 +238,36 @@ class RateLimited(DeltaServeError):
 
 
 class QueueFull(DeltaServeError):
+    """Too many requests wait already."""
+
     code, http_status, retry_after_s = "queue_full", 429, 1
 
 
 class EngineFailure(DeltaServeError):
+    """The engine failed at this request."""
+
     code, http_status = "engine_failure", 500
 
 
 class DeltaLoadFailed(EngineFailure):
+    """The model's weights could not be loaded."""
+
     code = "delta_load_failed"
 
 
 class NumericalError(EngineFailure):
+    """The model computed numbers that are not finite."""
+
     code = "numerical_error"
 
 
 class Draining(DeltaServeError):
+    """The server is shutting down."""
+
     code, http_status, retry_after_s = "draining", 503, 5
 
 
 class StorageFull(DeltaServeError):
+    """The disk has no room for this; nothing of it was kept."""
+
     code, http_status = "insufficient_storage", 507

@@ -45,6 +45,8 @@ class Api:
             return {"method": method, "url": url}
         if "multipart/form-data" in body["content"]:
             return {"method": method, "url": url, "files": {"data": b"user"}}
+        if "application/octet-stream" in body["content"]:
+            return {"method": method, "url": url, "content": b"user"}
         value = self._value(body["content"]["application/json"]["schema"], model)
         return {"method": method, "url": url, "json": value}
 

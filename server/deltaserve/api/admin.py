@@ -9,8 +9,10 @@ from fastapi import APIRouter, Query
 from pydantic import Field
 
 from deltaserve.api.deps import CallerDep, Services, ServicesDep
-from deltaserve.api.schemas import Text, Wire
+from deltaserve.api.openapi import raises
+from deltaserve.api.schemas import Text, Wire, example
 from deltaserve.api.usage import Day, usage_report
+from deltaserve.errors import InvalidName, NameConflict, NotFound, StorageFull
 from deltaserve.tenants.accounts import Scope, Tenant
 from deltaserve.tenants.keys import Key
 from deltaserve.tenants.limits import Limits
@@ -35,15 +37,21 @@ class LimitsIn(Wire):
 
 
 class TenantIn(Wire):
+    model_config = example(name="acme", limits={"requests_per_minute": 600, "max_bytes": 10_000_000_000})
+
     name: Text
     limits: LimitsIn = LimitsIn()
 
 
 class TenantChangeIn(Wire):
+    model_config = example(limits={"tokens_per_minute": 100_000, "max_bytes": None})
+
     limits: LimitsIn
 
 
 class KeyIn(Wire):
+    model_config = example(tenant="acme", scopes=["inference", "manage"], label="ci", expires_in_s=7_776_000)
+
     tenant: Text
     scopes: Annotated[list[Annotated[Scope, Field(strict=False)]], Field(min_length=1, max_length=4)] = [
         Scope.INFERENCE
@@ -53,6 +61,8 @@ class KeyIn(Wire):
 
 
 class RotateIn(Wire):
+    model_config = example(grace_s=3600)
+
     grace_s: Annotated[int, Field(ge=0, le=30 * 86400)] = 0
 
 
@@ -81,7 +91,7 @@ def _key(key: Key) -> dict[str, Any]:
     }
 
 
-@router.post("/tenants", status_code=201)
+@router.post("/tenants", status_code=201, openapi_extra=raises(InvalidName, NameConflict, StorageFull))
 async def create_tenant(body: TenantIn, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     limits = Limits(**body.limits.model_dump())
     tenant = await asyncio.to_thread(services.accounts.create, body.name, str(caller), limits)
@@ -96,12 +106,12 @@ async def list_tenants(services: ServicesDep) -> dict[str, Any]:
     return {"object": "list", "data": await asyncio.to_thread(cards)}
 
 
-@router.get("/tenants/{name}")
+@router.get("/tenants/{name}", openapi_extra=raises(NotFound))
 async def get_tenant(name: str, services: ServicesDep) -> dict[str, Any]:
     return await asyncio.to_thread(_tenant, services, services.accounts.named(name))
 
 
-@router.patch("/tenants/{name}")
+@router.patch("/tenants/{name}", openapi_extra=raises(NotFound, StorageFull))
 async def change_tenant(name: str, body: TenantChangeIn, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """New limits, from the next request on."""
     changes = body.limits.model_dump(exclude_unset=True)
@@ -109,7 +119,7 @@ async def change_tenant(name: str, body: TenantChangeIn, services: ServicesDep, 
     return await asyncio.to_thread(_tenant, services, tenant)
 
 
-@router.delete("/tenants/{name}")
+@router.delete("/tenants/{name}", openapi_extra=raises(NotFound, NameConflict, StorageFull))
 async def delete_tenant(name: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """The tenant, its keys and its models; running requests finish."""
 
@@ -125,7 +135,7 @@ async def delete_tenant(name: str, services: ServicesDep, caller: CallerDep) -> 
     return {"id": name, "object": "tenant", "deleted": True}
 
 
-@router.post("/keys", status_code=201)
+@router.post("/keys", status_code=201, openapi_extra=raises(NotFound, StorageFull))
 async def create_key(body: KeyIn, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """The reply's `key` is told this once."""
 
@@ -137,13 +147,13 @@ async def create_key(body: KeyIn, services: ServicesDep, caller: CallerDep) -> d
     return {**_key(key), "key": text}
 
 
-@router.get("/keys")
+@router.get("/keys", openapi_extra=raises(NotFound))
 async def list_keys(services: ServicesDep, tenant: str | None = None) -> dict[str, Any]:
     owner = services.accounts.named(tenant) if tenant is not None else None
     return {"object": "list", "data": [_key(key) for key in services.keys.all(owner)]}
 
 
-@router.post("/keys/{key_id}/rotate", status_code=201)
+@router.post("/keys/{key_id}/rotate", status_code=201, openapi_extra=raises(NotFound, StorageFull))
 async def rotate_key(key_id: str, body: RotateIn, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """A new key of the same kind; the old one ends after `grace_s` seconds."""
     old = services.keys.get(key_id)
@@ -151,7 +161,7 @@ async def rotate_key(key_id: str, body: RotateIn, services: ServicesDep, caller:
     return {**_key(key), "key": text}
 
 
-@router.delete("/keys/{key_id}")
+@router.delete("/keys/{key_id}", openapi_extra=raises(NotFound, StorageFull))
 async def revoke_key(key_id: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """Refused from the next request on; the key stays listed."""
     return _key(await asyncio.to_thread(services.keys.revoke, services.keys.get(key_id), str(caller)))
@@ -168,7 +178,7 @@ async def audit_log(
     return {"object": "list", "data": [{"object": "audit_entry", **vars(entry)} for entry in entries]}
 
 
-@router.get("/usage")
+@router.get("/usage", openapi_extra=raises(NotFound))
 async def all_usage(services: ServicesDep, tenant: str | None = None, since: Day = "") -> dict[str, Any]:
     """By day, tenant and model."""
     owner = services.accounts.named(tenant) if tenant is not None else None

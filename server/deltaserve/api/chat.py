@@ -13,6 +13,7 @@ from deltaserve.api import sse
 from deltaserve.api.constraints import read_grammar
 from deltaserve.api.deps import Services, ServicesDep
 from deltaserve.api.generation import Generation, sampling_params, until_disconnect
+from deltaserve.api.openapi import ANSWERS, raises
 from deltaserve.api.schemas import ChatIn
 from deltaserve.api.tools import ToolUse, read_tools
 from deltaserve.engine.grammars import Grammar
@@ -24,7 +25,7 @@ from deltaserve.errors import BadRequest
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post("/v1/chat/completions", response_model=None, openapi_extra=raises(*ANSWERS))
 async def create_chat_completion(body: ChatIn, http: Request, services: ServicesDep) -> Response | dict[str, Any]:
     if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")

@@ -11,6 +11,7 @@ from deltaserve.api import sse
 from deltaserve.api.constraints import read_grammar
 from deltaserve.api.deps import Services, ServicesDep
 from deltaserve.api.generation import Generation, sampling_params, until_disconnect
+from deltaserve.api.openapi import ANSWERS, raises
 from deltaserve.api.schemas import CompletionIn
 from deltaserve.engine.text import Profile
 from deltaserve.engine.types import Event, SamplingParams, TokenLogprob
@@ -20,7 +21,7 @@ router = APIRouter()
 DEFAULT_MAX_TOKENS = 16
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post("/v1/completions", response_model=None, openapi_extra=raises(*ANSWERS))
 async def create_completion(body: CompletionIn, http: Request, services: ServicesDep) -> Response | dict[str, Any]:
     if body.max_tokens == 0 and not body.echo:
         raise BadRequest("max_tokens 0 answers nothing; it is of use with echo alone", param="max_tokens")

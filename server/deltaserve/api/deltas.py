@@ -13,15 +13,28 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from deltaserve.api.deps import CallerDep, Services, ServicesDep
-from deltaserve.api.schemas import Text, Wire
+from deltaserve.api.openapi import REFUSALS, raises
+from deltaserve.api.schemas import Text, Wire, example
 from deltaserve.deltas.parts import PIECE_BYTES
 from deltaserve.deltas.store import Destination, Stored
-from deltaserve.errors import ArtifactTooLarge, NameConflict, PermissionDenied
+from deltaserve.errors import (
+    ArtifactTooLarge,
+    Draining,
+    ModelNotFound,
+    NameConflict,
+    PermissionDenied,
+    PreconditionFailed,
+    StorageFull,
+    VersionInUse,
+)
 from deltaserve.tenants.accounts import Caller
 from deltaserve.tenants.models import Canary, Change, Condition, Model, Version, check_name, missing
 
 router = APIRouter()
 changing = APIRouter()
+A_FILE = {"requestBody": {"required": True, "content": {
+    "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+}}}  # fmt: skip
 Sha256 = Annotated[str | None, Query(pattern="^[0-9a-fA-F]{64}$")]
 Number = Annotated[int, Field(ge=1, lt=2**31)]
 
@@ -33,6 +46,8 @@ class CanaryIn(Wire):
 
 class ChangeIn(Wire):
     """What is left out stays; canary null ends it."""
+
+    model_config = example(version=3, canary={"version": 4, "percent": 5})
 
     version: Number | None = None
     canary: CanaryIn | None = None
@@ -117,7 +132,9 @@ async def _receive(services: Services, http: Request, to: Destination, max_bytes
         await asyncio.shield(in_pool(upload.close))
 
 
-@changing.put("/v1/deltas/{name:path}")
+@changing.put(
+    "/v1/deltas/{name:path}", openapi_extra={**A_FILE, **raises(*REFUSALS, NameConflict, PreconditionFailed, Draining)}
+)
 async def upload_delta(
     name: str,
     http: Request,
@@ -149,7 +166,7 @@ async def list_deltas(services: ServicesDep, caller: CallerDep) -> dict[str, Any
     return {"object": "list", "data": [_card(services, caller, model, model.active) for model in models]}
 
 
-@router.get("/v1/deltas/{name}/versions")
+@router.get("/v1/deltas/{name}/versions", openapi_extra=raises(ModelNotFound))
 async def list_versions(name: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """Newest first."""
 
@@ -160,7 +177,7 @@ async def list_versions(name: str, services: ServicesDep, caller: CallerDep) -> 
     return {"object": "list", "data": await asyncio.to_thread(cards)}
 
 
-@router.post("/v1/deltas/{name}/prewarm", status_code=202)
+@router.post("/v1/deltas/{name}/prewarm", status_code=202, openapi_extra=raises(ModelNotFound))
 async def prewarm(name: str, services: ServicesDep, caller: CallerDep) -> JSONResponse:
     """Begins to bring it to the device, so that the first request need not wait; `state` says when it is there."""
     model, version = await asyncio.to_thread(services.store.models.find, caller, name)
@@ -168,13 +185,13 @@ async def prewarm(name: str, services: ServicesDep, caller: CallerDep) -> JSONRe
     return _reply(_card(services, caller, model, version or model.active), model, 202)
 
 
-@router.get("/v1/deltas/{name:path}")
+@router.get("/v1/deltas/{name:path}", openapi_extra=raises(ModelNotFound))
 async def get_delta(name: str, services: ServicesDep, caller: CallerDep) -> JSONResponse:
     model, version = await asyncio.to_thread(services.store.models.find, caller, name)
     return _reply(_card(services, caller, model, version or model.active), model)
 
 
-@changing.patch("/v1/deltas/{name:path}")
+@changing.patch("/v1/deltas/{name:path}", openapi_extra=raises(ModelNotFound, PreconditionFailed, StorageFull))
 async def change_delta(
     name: str, body: ChangeIn, services: ServicesDep, caller: CallerDep, when: ConditionDep
 ) -> JSONResponse:
@@ -199,7 +216,9 @@ async def change_delta(
     return _reply(_card(services, caller, model, model.active), model)
 
 
-@changing.delete("/v1/deltas/{name:path}")
+@changing.delete(
+    "/v1/deltas/{name:path}", openapi_extra=raises(ModelNotFound, PreconditionFailed, VersionInUse, StorageFull)
+)
 async def delete_delta(name: str, services: ServicesDep, caller: CallerDep, when: ConditionDep) -> dict[str, Any]:
     """A model with every version, or NAME@VERSION. New requests find nothing; running ones finish."""
     await asyncio.to_thread(services.store.delete, caller, name, when)

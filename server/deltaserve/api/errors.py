@@ -13,7 +13,14 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from deltaserve.errors import BadRequest, DeltaServeError, InvalidJson, UnsupportedParameter
+from deltaserve.errors import (
+    BadRequest,
+    DeltaServeError,
+    InvalidJson,
+    MethodNotAllowed,
+    NotFound,
+    UnsupportedParameter,
+)
 
 logger = logging.getLogger(__name__)
 TRIED = re.compile(r"str$|constrained-|function-|list\[")
@@ -62,11 +69,15 @@ def install(app: FastAPI) -> None:
             return error_response(error.__cause__)
         if error.status_code == 400:  # FastAPI's only one: json.loads gave up on nesting, number length or encoding
             return error_response(InvalidJson("the body cannot be read as JSON: its nesting, a number or its encoding"))
-        known = {404: "there is no", 405: "this path does not take"}
-        what = f"{known.get(error.status_code, str(error.detail))} {request.method} {request.url.path}"
-        code = "method_not_allowed" if error.status_code == 405 else "not_found"
-        fields = {"message": what, "type": "invalid_request_error", "param": None, "code": code}
-        return JSONResponse({"error": fields}, error.status_code, error.headers)
+        asked = f"{request.method} {request.url.path}"
+        refusal = (
+            MethodNotAllowed(f"this path does not take {asked}")
+            if error.status_code == 405
+            else NotFound(f"there is no {asked}")
+        )
+        reply = error_response(refusal)
+        reply.headers.update(error.headers or {})
+        return reply
 
 
 def _where(detail: Mapping[str, Any]) -> str:

@@ -12,10 +12,11 @@ from pydantic import Field
 
 from deltaserve.api.deltas import destination, largest
 from deltaserve.api.deps import CallerDep, Services, ServicesDep
-from deltaserve.api.schemas import Text, Wire
+from deltaserve.api.openapi import REFUSALS, raises
+from deltaserve.api.schemas import Text, Wire, example
 from deltaserve.deltas.parts import PIECE_BYTES
 from deltaserve.deltas.store import Destination, Stored
-from deltaserve.errors import NameConflict
+from deltaserve.errors import Draining, ModelNotFound, NameConflict, StorageFull, VersionInUse
 from deltaserve.tenants.models import ALWAYS
 
 router = APIRouter(prefix="/v1")
@@ -24,17 +25,23 @@ router = APIRouter(prefix="/v1")
 class LoadIn(Wire):
     """`lora_path`: a delta artifact under --import-root. `load_inplace`: a new version where the name is taken."""
 
+    model_config = example(lora_name="acme", lora_path="acme.safetensors", load_inplace=True)
+
     lora_name: Text
     lora_path: Annotated[Text, Field(min_length=1, max_length=4096)]
     load_inplace: bool = False
 
 
 class UnloadIn(Wire):
+    model_config = example(lora_name="acme")
+
     lora_name: Text
     lora_int_id: int | None = None  # vLLM's, of no meaning here
 
 
-@router.post("/load_lora_adapter", response_class=PlainTextResponse)
+@router.post(
+    "/load_lora_adapter", response_class=PlainTextResponse, openapi_extra=raises(*REFUSALS, NameConflict, Draining)
+)
 async def load_lora_adapter(body: LoadIn, services: ServicesDep, caller: CallerDep) -> str:
     """A copy of the file becomes a version of the model, checked as by PUT /v1/deltas/{name}."""
     services.refuse_if_draining()
@@ -47,7 +54,11 @@ async def load_lora_adapter(body: LoadIn, services: ServicesDep, caller: CallerD
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
-@router.post("/unload_lora_adapter", response_class=PlainTextResponse)
+@router.post(
+    "/unload_lora_adapter",
+    response_class=PlainTextResponse,
+    openapi_extra=raises(ModelNotFound, VersionInUse, StorageFull),
+)
 async def unload_lora_adapter(body: UnloadIn, services: ServicesDep, caller: CallerDep) -> str:
     """The model goes with every version; running requests finish. The file under --import-root stays."""
     await asyncio.to_thread(services.store.delete, caller, body.lora_name)

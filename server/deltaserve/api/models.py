@@ -8,7 +8,8 @@ from typing import Any
 from fastapi import APIRouter
 
 from deltaserve.api.deps import CallerDep, Services, ServicesDep
-from deltaserve.errors import NameConflict
+from deltaserve.api.openapi import raises
+from deltaserve.errors import ModelNotFound, NameConflict, StorageFull, VersionInUse
 from deltaserve.tenants.accounts import Caller
 from deltaserve.tenants.models import Model
 
@@ -45,7 +46,7 @@ async def list_models(services: ServicesDep, caller: CallerDep) -> dict[str, Any
     }
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", openapi_extra=raises(ModelNotFound))
 async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     if model == services.base_id:
         return _base_card(services)
@@ -53,7 +54,9 @@ async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> dic
     return {**_model_card(services, found, caller), "id": model, "root": model}
 
 
-@changing.delete("/v1/models/{model:path}")
+@changing.delete(
+    "/v1/models/{model:path}", openapi_extra=raises(ModelNotFound, NameConflict, VersionInUse, StorageFull)
+)
 async def delete_model(model: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     if model == services.base_id:
         raise NameConflict(f"{model} is the base model and stays", param="model")

@@ -35,6 +35,11 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def example(**fields: Any) -> ConfigDict:
+    """A model_config whose OpenAPI schema shows a body of these fields."""
+    return ConfigDict(json_schema_extra={"examples": [fields]})
+
+
 class StreamOptions(Wire):
     include_usage: bool | None = None
 
@@ -122,6 +127,8 @@ class Generation(Wire):
 
 class CompletionIn(Generation):
     """POST /v1/completions"""
+
+    model_config = example(model="acme", prompt="Once upon a time", max_tokens=32, temperature=0)
 
     prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -229,6 +236,8 @@ class NamedTool(Wire):
 
 class ChatIn(Generation):
     """POST /v1/chat/completions"""
+
+    model_config = example(model="acme", messages=[{"role": "user", "content": "Hello"}], max_tokens=32, stream=True)
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None

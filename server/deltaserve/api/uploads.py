@@ -12,9 +12,19 @@ from pydantic import Field
 from deltaserve.api.deltas import destination, in_pieces, largest
 from deltaserve.api.deps import CallerDep, ServicesDep
 from deltaserve.api.multipart import OVERHEAD_BYTES, OneFile
-from deltaserve.api.schemas import Text, Wire
+from deltaserve.api.openapi import REFUSALS, raises
+from deltaserve.api.schemas import Text, Wire, example
 from deltaserve.deltas.parts import MAX_PART_BYTES
-from deltaserve.errors import InvalidName
+from deltaserve.errors import (
+    ArtifactTooLarge,
+    Draining,
+    InvalidName,
+    NameConflict,
+    NotFound,
+    RateLimited,
+    StorageFull,
+    UploadClosed,
+)
 from deltaserve.tenants.accounts import Caller
 from deltaserve.tenants.models import ALWAYS
 from deltaserve.tenants.uploads import MAX_PARTS, Part, PartedUpload
@@ -29,6 +39,13 @@ A_FORM = {"multipart/form-data": {"schema": {
 class UploadIn(Wire):
     """`filename`: NAME.safetensors. `activate` false: a name that is there points where it pointed."""
 
+    model_config = example(
+        bytes=1_240_000_000,
+        filename="acme.safetensors",
+        mime_type="application/octet-stream",
+        purpose="fine-tune",
+    )
+
     bytes: Annotated[int, Field(ge=1, lt=2**62)]
     filename: Annotated[Text, Field(max_length=512)]
     mime_type: Annotated[Text, Field(max_length=255)]
@@ -38,6 +55,8 @@ class UploadIn(Wire):
 
 class CompleteIn(Wire):
     """The parts in the order of the file; what it is expected to be."""
+
+    model_config = example(part_ids=["part_" + 64 * "0", "part_" + 64 * "1"], sha256=64 * "2")
 
     part_ids: Annotated[list[Annotated[Text, Field(max_length=128)]], Field(min_length=1, max_length=MAX_PARTS)]
     md5: Annotated[str, Field(pattern="^[0-9a-fA-F]{32}$")] | None = None
@@ -82,7 +101,9 @@ def _card(caller: Caller, upload: PartedUpload) -> dict[str, Any]:
     }
 
 
-@router.post("")
+@router.post(
+    "", openapi_extra=raises(InvalidName, NameConflict, NotFound, ArtifactTooLarge, RateLimited, StorageFull, Draining)
+)
 async def create_upload(body: UploadIn, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """Begins an upload; parts follow."""
     services.refuse_if_draining()
@@ -94,7 +115,7 @@ async def create_upload(body: UploadIn, services: ServicesDep, caller: CallerDep
     return _card(caller, await asyncio.to_thread(create))
 
 
-@router.get("/{upload_id}")
+@router.get("/{upload_id}", openapi_extra=raises(NotFound))
 async def get_upload(upload_id: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """With the parts that are here, to go on where it was interrupted."""
 
@@ -108,7 +129,13 @@ async def get_upload(upload_id: str, services: ServicesDep, caller: CallerDep) -
     return await asyncio.to_thread(look)
 
 
-@router.post("/{upload_id}/parts", openapi_extra={"requestBody": {"required": True, "content": A_FORM}})
+@router.post(
+    "/{upload_id}/parts",
+    openapi_extra={
+        "requestBody": {"required": True, "content": A_FORM},
+        **raises(NotFound, UploadClosed, ArtifactTooLarge, RateLimited, StorageFull, Draining),
+    },
+)
 async def add_part(upload_id: str, http: Request, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """A form with the field `data`, 64 MiB at most; in any order, several at once. The same bytes are the same part.
     Acknowledged when it is safe on disk."""
@@ -127,7 +154,7 @@ async def add_part(upload_id: str, http: Request, services: ServicesDep, caller:
             await asyncio.shield(in_pool(file.close))
 
 
-@router.post("/{upload_id}/complete")
+@router.post("/{upload_id}/complete", openapi_extra=raises(*REFUSALS, UploadClosed, Draining))
 async def complete_upload(upload_id: str, body: CompleteIn, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """The parts become a version of the model, checked as by PUT /v1/deltas/{name}. Of a completed upload: what it
     became. Where something is wrong with it the upload stays as it was."""
@@ -138,7 +165,7 @@ async def complete_upload(upload_id: str, body: CompleteIn, services: ServicesDe
     return _card(caller, upload)
 
 
-@router.post("/{upload_id}/cancel")
+@router.post("/{upload_id}/cancel", openapi_extra=raises(NotFound, UploadClosed, StorageFull))
 async def cancel_upload(upload_id: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """The parts go; no more can be added."""
     return _card(caller, await asyncio.to_thread(services.parts.cancel, caller, upload_id))
