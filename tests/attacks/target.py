@@ -54,23 +54,26 @@ class Target:
         self.header_bytes = struct.unpack("<Q", self.sound[:8])[0]
 
     def receive(self, raw: bytes) -> Artifact:
-        """Opens and checks an upload; decodes what passed."""
-        self.path.write_bytes(raw)
+        """`read`, promptly."""
         start = time.monotonic()
         try:
-            artifact = Artifact.open(self.path)
-            check_against_base(artifact, self.base)
-            check_numbers(artifact, self.base)
-            for name in artifact.manifest.layers:
-                for term in artifact.terms(name):
-                    assert term.decode().shape == self.base.entries[name].shape
-            for name in artifact.manifest.overrides:
-                assert (
-                    artifact.override(name).apply(self.base.tensor(name)).shape[1:] == self.base.entries[name].shape[1:]
-                )
-            return artifact
+            return self.read(raw)
         finally:
             assert time.monotonic() - start < PROMPTLY_S
+
+    def read(self, raw: bytes) -> Artifact:
+        """Opens and checks an upload; decodes what passed."""
+        self.path.write_bytes(raw)
+        artifact = Artifact.open(self.path)
+        check_against_base(artifact, self.base)
+        check_numbers(artifact, self.base)
+        for name in artifact.manifest.layers:
+            for term in artifact.terms(name):
+                assert term.decode().shape == self.base.entries[name].shape
+        for name in artifact.manifest.overrides:
+            whole = artifact.override(name).apply(self.base.tensor(name))
+            assert whole.shape[1:] == self.base.entries[name].shape[1:]
+        return artifact
 
     def edited(self, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> bytes:
         """The sound artifact with its header and manifest changed."""
@@ -85,7 +88,7 @@ class Target:
         """Header and manifest of the sound artifact."""
         header = json.loads(self.sound[8 : 8 + self.header_bytes])
         text = header["__metadata__"]["deltaserve"]
-        return header, json.loads(text if text.startswith("{") else zlib.decompress(base64.b64decode(text)))
+        return header, json.loads(inflated(text))
 
     @property
     def data(self) -> bytes:
@@ -94,6 +97,10 @@ class Target:
     @property
     def is_packed(self) -> bool:
         return "packed" in self.parts()[0]
+
+
+def inflated(manifest: str) -> str:
+    return manifest if manifest.startswith("{") else zlib.decompress(base64.b64decode(manifest)).decode()
 
 
 def with_header(header: bytes, data: bytes = b"") -> bytes:
