@@ -22,9 +22,11 @@ from deltaserve.api.middleware import OPEN_PATHS, Authenticate, Identify
 from deltaserve.api.openapi import document
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.deltas.files import LocalFiles
 from deltaserve.deltas.imports import ImportRoot
 from deltaserve.deltas.intake import Intake
 from deltaserve.deltas.limits import Limits
+from deltaserve.deltas.manifest import Manifest
 from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.store import DeltaStore
@@ -38,7 +40,7 @@ from deltaserve.engine.text import Sink, TextSide
 from deltaserve.engine.types import Request as EngineRequest
 from deltaserve.engine.types import SamplingParams
 from deltaserve.errors import BadRequest, CheckpointError
-from deltaserve.ids import RequestId
+from deltaserve.ids import DeltaDigest, RequestId
 from deltaserve.metrics import MAX_DELTA_SERIES, Metrics
 from deltaserve.model.load import load_model
 from deltaserve.model.served import ServedModel
@@ -46,7 +48,7 @@ from deltaserve.settings import Settings
 from deltaserve.tenants.accounts import Accounts, Scope
 from deltaserve.tenants.keys import Keys
 from deltaserve.tenants.limits import Gate
-from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.sqlite import SqliteRegistry
 from deltaserve.tenants.usage import Usage
 
 logger = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ def build_services(settings: Settings) -> Services:
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     imports = ImportRoot(settings.import_root)
-    registry = Registry(settings.store)
+    registry = SqliteRegistry(settings.store)
     accounts = Accounts(registry)
     keys = Keys(registry, accounts, settings.api_key)
     if keys.is_open and not settings.is_loopback:
@@ -89,7 +91,7 @@ def build_services(settings: Settings) -> Services:
     metrics = Metrics(settings.served_model_name or base.name)
     parts: dict[str, Engine] = {}
     residency = Residency(
-        lambda digest: store.path(digest),
+        lambda digest: store.reading(digest),
         device,
         Limits(
             settings.max_deltas,
@@ -104,14 +106,17 @@ def build_services(settings: Settings) -> Services:
         on_loaded=lambda tier, seconds: metrics.delta_load_seconds.labels(metrics.model_name, tier).observe(seconds),
     )
     store = DeltaStore(
-        registry, keep_versions=settings.keep_versions, on_removed=lambda digest: residency.discard([digest])
+        registry,
+        LocalFiles(settings.store),
+        keep_versions=settings.keep_versions,
+        on_removed=lambda digest: residency.discard([digest]),
     )
     text = TextSide(
         base,
         model.vocab_size,
         max_model_len,
         TemplateRenderer(),
-        lambda digest: Artifact.open(store.path(digest)).manifest,
+        lambda digest: _manifest(store, digest),
     )
 
     grammars = Grammars()
@@ -247,6 +252,11 @@ async def _sweep(services: Services) -> None:
             await asyncio.to_thread(services.parts.sweep)
         except Exception:  # a full disk, perhaps: the next round tries again
             logger.exception("expired uploads were not removed")
+
+
+def _manifest(store: DeltaStore, digest: DeltaDigest) -> Manifest:
+    with store.reading(digest) as path:
+        return Artifact.open(path).manifest
 
 
 def _device(name: str) -> torch.device:

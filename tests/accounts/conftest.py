@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltaserve.tenants.accounts import Accounts
-from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.sqlite import SqliteRegistry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from deltaserve.tenants.registry import Registry
+
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
-    opened = Registry(tmp_path)
+    opened = SqliteRegistry(tmp_path)
     yield opened
     opened.close()
 

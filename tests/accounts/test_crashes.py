@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from deltaserve.deltas.files import LocalFiles
 from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.store import DeltaStore
 from deltaserve.tenants.accounts import Accounts, Caller, Scope
 from deltaserve.tenants.keys import Keys
 from deltaserve.tenants.limits import Gate
-from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.sqlite import SqliteRegistry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,20 +27,21 @@ if TYPE_CHECKING:
 CHILD = """
 import json, os, signal, sys, time
 from pathlib import Path
+from deltaserve.deltas.files import LocalFiles
 from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.store import DeltaStore, Destination
 from deltaserve.tenants.accounts import Accounts, Caller, Scope
 from deltaserve.tenants.keys import Keys
 from deltaserve.tenants.limits import Gate
 from deltaserve.tenants.models import Canary, Change
-from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.sqlite import SqliteRegistry
 
 def work(root, what, fatal):
     steps = 0
-    registry = Registry(root)
+    registry = SqliteRegistry(root)
     accounts = Accounts(registry)
     keys = Keys(registry, accounts, "first")
-    store = DeltaStore(registry, keep_versions=2)
+    store = DeltaStore(registry, LocalFiles(root), keep_versions=2)
     acme = accounts.named("acme")
     me = Caller(acme, "k", frozenset({Scope.MANAGE}))
     now = time.time()
@@ -66,9 +68,6 @@ def work(root, what, fatal):
             if not sql.lstrip().startswith("SELECT"):
                 step()
             return self.true.execute(sql, *values)
-        def executemany(self, sql, values):
-            step()
-            return self.true.executemany(sql, values)
 
     registry._connection = Connection(registry._connection)
     os.replace = counted(os.replace)
@@ -126,9 +125,9 @@ for line in sys.stdin:
 def build(root: Path) -> None:
     from deltaserve.deltas.store import Destination
 
-    registry = Registry(root)
+    registry = SqliteRegistry(root)
     accounts = Accounts(registry)
-    keys, store = Keys(registry, accounts, "first"), DeltaStore(registry, keep_versions=2)
+    keys, store = Keys(registry, accounts, "first"), DeltaStore(registry, LocalFiles(root), keep_versions=2)
     parts = PartStore(registry, accounts, store, Refuse(), Gate(), expires_s=100)
     acme = accounts.create("acme", "test")
     keys.create(acme, [Scope.MANAGE], "test")
@@ -157,9 +156,9 @@ class Refuse:
 
 def look(root: Path) -> dict[str, Any]:
     """What the registry says, after a restart; and that the files are those it names, whole."""
-    registry = Registry(root)
+    registry = SqliteRegistry(root)
     accounts = Accounts(registry)
-    keys, store = Keys(registry, accounts, "first"), DeltaStore(registry, keep_versions=2)
+    keys, store = Keys(registry, accounts, "first"), DeltaStore(registry, LocalFiles(root), keep_versions=2)
     admin = Caller(accounts.default, "k", frozenset({Scope.ADMIN}))
     state: dict[str, Any] = {"tenants": [tenant.name for tenant in accounts.all()]}
     state["limits"] = [tenant.limits.given() for tenant in accounts.all()]

@@ -12,7 +12,7 @@ from deltaserve.errors import IncompatibleStore, StorageFull
 from deltaserve.tenants import migrations
 from deltaserve.tenants.accounts import Accounts, Caller
 from deltaserve.tenants.models import Models
-from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.sqlite import SqliteRegistry
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +34,7 @@ def write_as_before(root: Path, *rows: tuple[str, int, str, int, dict[str, int]]
 
 def test_a_store_from_before_there_were_tenants_belongs_to_the_default_one(tmp_path: Path) -> None:
     write_as_before(tmp_path, ("a", 3, "d3", 70, {"disk_bytes": 9}), ("b", 1, "d1", 50, {}), ("b", 2, "d2", 60, {}))
-    registry = Registry(tmp_path)
+    registry = SqliteRegistry(tmp_path)
     models, me = Models(registry), Caller(Accounts(registry).default, "-", frozenset())
     a, b = models.visible(me)
     assert (a.owner, a.name, a.active.number, a.active.digest, a.active.summary) == (
@@ -54,7 +54,7 @@ def test_a_store_from_before_there_were_tenants_belongs_to_the_default_one(tmp_p
 
 def test_every_schema_on_the_way_becomes_the_present_one(tmp_path: Path) -> None:
     def schema(root: Path) -> list[tuple[str, str]]:
-        registry = Registry(root)
+        registry = SqliteRegistry(root)
         try:
             return sorted((name, sql) for name, sql in registry.rows("SELECT name, sql FROM sqlite_schema") if sql)
         finally:
@@ -80,22 +80,22 @@ def test_a_step_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(migrations, "STEPS", (migrations.FIRST, broken))
         with pytest.raises(sqlite3.OperationalError, match="nowhere"):
-            Registry(tmp_path)
-    registry = Registry(tmp_path)
+            SqliteRegistry(tmp_path)
+    registry = SqliteRegistry(tmp_path)
     assert [model.name for model in Models(registry).of(migrations.DEFAULT_TENANT)] == ["a"]
     registry.close()
 
 
 def test_a_file_of_a_newer_deltaserve_is_refused(tmp_path: Path) -> None:
-    Registry(tmp_path).close()
+    SqliteRegistry(tmp_path).close()
     with sqlite3.connect(tmp_path / "registry.sqlite") as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
     with pytest.raises(IncompatibleStore, match="schema 99"):
-        Registry(tmp_path)
+        SqliteRegistry(tmp_path)
 
 
-def test_a_transaction_in_a_transaction_goes_or_stays_with_it(registry: Registry) -> None:
+def test_a_transaction_in_a_transaction_goes_or_stays_with_it(registry: SqliteRegistry) -> None:
     with pytest.raises(RuntimeError), registry.write():
         registry.audit("me", "a", "x")
         with registry.write():
@@ -110,7 +110,7 @@ def test_a_transaction_in_a_transaction_goes_or_stays_with_it(registry: Registry
     assert registry.audit_log(before=newest.id) == [oldest] and registry.audit_log(limit=1) == [newest]
 
 
-def test_a_registry_that_cannot_be_written_says_so(registry: Registry) -> None:
+def test_a_registry_that_cannot_be_written_says_so(registry: SqliteRegistry) -> None:
     registry.rows("PRAGMA query_only = ON")
     with pytest.raises(StorageFull, match="registry"):
         registry.audit("me", "a", "x")

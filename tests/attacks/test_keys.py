@@ -12,7 +12,7 @@ import pytest
 from deltaserve.errors import AuthenticationFailed
 from deltaserve.tenants.accounts import Accounts, Scope
 from deltaserve.tenants.keys import Keys
-from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.sqlite import SqliteRegistry
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,7 @@ ROUNDS = 4000
 
 
 def test_a_refusal_takes_no_longer_the_more_of_the_key_is_right(tmp_path: Path) -> None:
-    registry = Registry(tmp_path)
+    registry = SqliteRegistry(tmp_path)
     accounts = Accounts(registry)
     keys = Keys(registry, accounts, "first")
     _, text = keys.create(accounts.default, [Scope.INFERENCE], "test")

@@ -8,6 +8,7 @@ import pytest
 
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.deltas.files import LocalFiles
 from deltaserve.deltas.intake import Intake
 from deltaserve.deltas.store import DeltaStore, Destination
 from deltaserve.errors import (
@@ -23,7 +24,7 @@ from deltaserve.errors import (
     TemplateError,
 )
 from deltaserve.tenants.accounts import Accounts, Caller
-from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.sqlite import SqliteRegistry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,8 +55,8 @@ def good(good_file: Path) -> bytes:
 class Door:
     def __init__(self, root: Path, base: Path, *checks: Callable[[Artifact], None], max_bytes: int = 1 << 24) -> None:
         self.root = root
-        self.registry = Registry(root)
-        self.store = DeltaStore(self.registry)
+        self.registry = SqliteRegistry(root)
+        self.store = DeltaStore(self.registry, LocalFiles(root))
         self.me = Caller(Accounts(self.registry).default, "-", frozenset())
         self.intake = Intake(self.store, Checkpoint.open(base), list(checks), max_bytes)
 
@@ -83,7 +84,8 @@ def door(tmp_path: Path, tiny_base: Path) -> Iterator[Door]:
 def test_a_good_upload_is_a_version_with_its_sizes(door: Door, good: bytes) -> None:
     stored = door.send(good)
     record = stored.version
-    artifact = Artifact.open(door.store.path(record.digest))
+    with door.store.reading(record.digest) as path:
+        artifact = Artifact.open(path)
     assert (record.number, stored.is_new_name) == (1, True)
     assert record.summary == {
         "codec": "bitdelta",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from deltaserve.deltas import parts as parts_module
+from deltaserve.deltas.files import LocalFiles
 from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.store import DeltaStore, Destination, Stored, Upload
 from deltaserve.errors import (
@@ -25,7 +26,7 @@ from deltaserve.errors import (
 from deltaserve.tenants import uploads as uploads_module
 from deltaserve.tenants.accounts import Accounts, Caller, Scope, Tenant
 from deltaserve.tenants.limits import Gate
-from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.sqlite import SqliteRegistry
 from deltaserve.tenants.uploads import KEPT_S, Part, PartedUpload, Status
 
 if TYPE_CHECKING:
@@ -45,11 +46,11 @@ class Yard:
         self.open()
 
     def open(self) -> None:
-        self.registry = Registry(self.root)
+        self.registry = SqliteRegistry(self.root)
         self.accounts = Accounts(self.registry)
         if "acme" not in [tenant.name for tenant in self.accounts.all()]:
             self.accounts.create("acme", "test")
-        self.store = DeltaStore(self.registry, keep_versions=9)
+        self.store = DeltaStore(self.registry, LocalFiles(self.root), keep_versions=9)
         self.gate = Gate()
         self.parts = PartStore(
             self.registry, self.accounts, self.store, self._accept, self.gate, expires_s=EXPIRES_S,
@@ -102,7 +103,8 @@ class Yard:
         return sorted(path.name for path in found if path.is_file())
 
     def content(self, name: str) -> bytes:
-        return self.store.path(self.store.models.find(self.me, name)[0].active.digest).read_bytes()
+        with self.store.reading(self.store.models.find(self.me, name)[0].active.digest) as path:
+            return path.read_bytes()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -58,7 +59,7 @@ class Shelf:
         self.now = 0.0
         self.moves: list[str] = []
         self.residency = Residency(
-            self._path,
+            lambda digest: nullcontext(self._path(digest)),
             torch.device(kind),
             Limits(device, host, **limits),
             on_ready=self.ready.release,

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from deltaserve.deltas import files as files_module
 from deltaserve.deltas import store as store_module
+from deltaserve.deltas.files import LocalFiles
 from deltaserve.deltas.store import DeltaStore, Destination
 from deltaserve.errors import (
     ArtifactTooLarge,
@@ -30,7 +32,7 @@ from deltaserve.errors import (
 from deltaserve.ids import DeltaDigest
 from deltaserve.tenants.accounts import Caller, Tenant
 from deltaserve.tenants.models import ALWAYS, Change, Condition, Version
-from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.sqlite import SqliteRegistry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,8 +46,8 @@ class Store(DeltaStore):
     """A store with the registry it works on, and short ways to ask it as its first tenant."""
 
     def __init__(self, root: Path, **options: Any) -> None:
-        self.registry = Registry(root)
-        super().__init__(self.registry, **options)
+        self.registry = SqliteRegistry(root)
+        super().__init__(self.registry, LocalFiles(root), **options)
 
     def put(self, name: str, data: bytes, condition: Condition = ALWAYS, **summary: Any) -> tuple[Version, bool]:
         upload = self.begin_upload(1 << 20)
@@ -63,6 +65,10 @@ class Store(DeltaStore):
 
     def all(self) -> list[tuple[str, Version]]:
         return [(model.name, model.active) for model in self.models.visible(ME)]
+
+    def path(self, digest: DeltaDigest) -> Path:
+        with self.reading(digest) as path:
+            return path
 
     def remove(self, name: str) -> None:
         self.delete(ME, name)
@@ -254,7 +260,7 @@ def test_a_new_folder_of_objects_is_synced_with_its_parent(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(store_module, "sync_directory", synced.append)
+    monkeypatch.setattr(files_module, "sync_directory", synced.append)
     record, _ = store.put("a", b"one")
     assert synced == [tmp_path / "objects", store.path(record.digest).parent]
 
@@ -292,7 +298,7 @@ def test_a_disk_that_is_full_anywhere_is_an_answer_and_nothing_is_kept(
             case "mkdir":
                 patch.setattr(type(tmp_path), "mkdir", full)
             case "sync_directory":
-                patch.setattr(store_module, "sync_directory", full)
+                patch.setattr(files_module, "sync_directory", full)
             case "registry":
                 patch.setattr(store.registry, "_connection", BrokenRegistry(store.registry._connection, "INSERT"))
         with pytest.raises(StorageFull):
@@ -310,7 +316,7 @@ def test_a_full_disk_does_not_take_bytes_that_another_name_has(
         if place == "registry":
             patch.setattr(store.registry, "_connection", BrokenRegistry(store.registry._connection, "INSERT"))
         else:
-            patch.setattr(store_module, "sync_directory", full)
+            patch.setattr(files_module, "sync_directory", full)
         with pytest.raises(StorageFull):
             store.put("b", b"one")
     assert store.path(record.digest).read_bytes() == b"one"
@@ -336,13 +342,14 @@ def test_a_registry_that_cannot_be_written_keeps_what_it_says(
 SMALL_DISK = """
 import resource, sys
 from pathlib import Path
+from deltaserve.deltas.files import LocalFiles
 from deltaserve.deltas.store import DeltaStore, Destination
 from deltaserve.tenants.accounts import Accounts
-from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.sqlite import SqliteRegistry
 from deltaserve.errors import StorageFull
 root = Path(sys.argv[1])
-registry = Registry(root)
-store, owner = DeltaStore(registry), Accounts(registry).default
+registry = SqliteRegistry(root)
+store, owner = DeltaStore(registry, LocalFiles(root)), Accounts(registry).default
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))  # EFBIG beyond 64 KiB, without privileges
 refused = 0
 for i in range(60):
@@ -377,16 +384,18 @@ def test_a_file_size_limit_of_the_system_is_an_answer_and_what_was_acknowledged_
 CRASHING = """
 import hashlib, json, os, sys
 from pathlib import Path
+from deltaserve.deltas.files import LocalFiles
 from deltaserve.deltas.store import DeltaStore, Destination
 from deltaserve.tenants.accounts import Accounts
-from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.sqlite import SqliteRegistry
 
 def say(*words):
     os.write(1, json.dumps(words).encode() + b"\\n")
 
 def work(i):
-    registry = Registry(Path(sys.argv[1]))
-    store, owner = DeltaStore(registry), Accounts(registry).default
+    root = Path(sys.argv[1])
+    registry = SqliteRegistry(root)
+    store, owner = DeltaStore(registry, LocalFiles(root)), Accounts(registry).default
     say("ready", os.getpid())
     while True:
         i += 1

@@ -58,6 +58,11 @@ class Site:
     def upload(self, name: str, artifact: bytes) -> None:
         assert self.http.put(f"/v1/deltas/{name}", content=artifact).status_code == 201
 
+    def path(self, name: str) -> Path:
+        """The file that a name points to."""
+        with self.services.store.reading(self.digest(name)) as path:
+            return path
+
     def digest(self, name: str) -> DeltaDigest:
         caller = Caller(self.services.accounts.default, "-", frozenset())
         return self.services.store.models.find(caller, name)[0].active.digest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
@@ -46,7 +47,7 @@ def test_every_request_is_served(files: dict[DeltaDigest, Path], device: int, ho
     chance = random.Random(device * 100 + host)
     ready = threading.Event()
     limits = Limits(device, host, quantum_s=min(patience_s, 0.005), max_wait_s=patience_s)
-    residency = Residency(files.__getitem__, CPU, limits, on_ready=ready.set)
+    residency = Residency(lambda digest: nullcontext(files[digest]), CPU, limits, on_ready=ready.set)
     blocks = BlockPool(40, 4, b"salt")
     scheduler = Scheduler(blocks, residency, max_num_seqs=3, max_num_batched_tokens=64)
     requests = [

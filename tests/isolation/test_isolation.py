@@ -189,7 +189,7 @@ def test_a_damaged_delta_fails_its_request_and_is_never_served_by_the_base(
     make_town: Callable[..., Town], alone: Any
 ) -> None:
     town = make_town(max_deltas=2)
-    path = town.store.path(town.named("svd").active.digest)
+    path = town.path("svd")
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)

@@ -102,7 +102,7 @@ def test_two_mixtures_that_compete_for_the_slots_both_run(make_town: Callable[..
 
 def test_a_member_that_does_not_load_fails_the_mixture_and_nobody_else(make_town: Callable[..., Town]) -> None:
     town = make_town()
-    path = town.store.path(town.named("svd").active.digest)
+    path = town.path("svd")
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)

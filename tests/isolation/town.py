@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deltaserve.codecs.budget import Budget
+from deltaserve.deltas.files import LocalFiles
 from deltaserve.deltas.limits import Limits
 from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.store import DeltaStore, Destination
 from deltaserve.tenants.accounts import Accounts, Caller
-from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.sqlite import SqliteRegistry
 
 from .rig import CPU, Rig, make_request
 
@@ -50,15 +51,17 @@ class Town(Rig):
         **options: Any,
     ) -> None:
         self.residency = Residency(
-            lambda digest: self.store.path(digest),
+            lambda digest: self.store.reading(digest),
             CPU,
             Limits(max_deltas, host, device_bytes, quantum_s=quantum_s, max_wait_s=max_wait_s),
             load=model.load_delta,
             on_ready=lambda: self.ready.set(),
         )
-        self.registry = Registry(root)
+        self.registry = SqliteRegistry(root)
         self.me = Caller(Accounts(self.registry).default, "-", frozenset())
-        self.store = DeltaStore(self.registry, on_removed=lambda digest: self.residency.discard([digest]))
+        self.store = DeltaStore(
+            self.registry, LocalFiles(root), on_removed=lambda digest: self.residency.discard([digest])
+        )
         super().__init__(model, self.residency, self.residency.slots, **options)
 
     def upload(self, name: str, data: bytes) -> Version:
@@ -67,6 +70,11 @@ class Town(Rig):
         stored = self.store.commit(Destination(self.me.tenant, name, "test"), upload, upload.finish(None), {})
         upload.close()
         return stored.version
+
+    def path(self, name: str) -> Path:
+        """The file that a name points to."""
+        with self.store.reading(self.named(name).active.digest) as path:
+            return path
 
     def named(self, name: str) -> Model:
         return self.store.models.find(self.me, name)[0]

@@ -1,6 +1,4 @@
-"""Uploads in parts, on disk: they come in any order, several at once, across restarts; complete joins them.
-
-    ROOT/parts/UPLOAD/SHA256     a part; in incoming/ until it is whole
+"""Uploads in parts (`deltas.files`): they come in any order, several at once, across restarts; complete joins them.
 
 A part is acknowledged after its bytes and its row are synced to disk. What lies here without a row is removed at the
 next start; an upload that waits too long for its next part goes with all of them.
@@ -9,18 +7,15 @@ next start; an upload that waits too long for its next part goes with all of the
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Protocol
 from weakref import WeakValueDictionary
 
 from deltaserve.deltas.store import DeltaStore, Destination, Stored, Upload
-from deltaserve.deltas.tensorfile import sync_directory
 from deltaserve.errors import BadRequest, DigestMismatch, NotFound, RateLimited
 from deltaserve.tenants.accounts import Accounts, Caller, Tenant
 from deltaserve.tenants.limits import UNLIMITED, Gate, Limits
@@ -59,8 +54,7 @@ class PartStore:
         self._store = store
         self._accept = accept
         self._gate = gate
-        self._root = registry.root / "parts"
-        self._root.mkdir(exist_ok=True)
+        self._files = store.files
         self._lock = threading.Lock()  # rows and files change together
         self._held: set[str] = set()  # uploads with parts
         self._claims: Counter[str] = Counter()  # uploads → parts being received, and one for those that are held
@@ -70,13 +64,14 @@ class PartStore:
 
     def _recover(self) -> None:
         """What a crash left goes; what was acknowledged counts again."""
-        known = {upload.id: upload for upload in self.uploads.all_pending()}
-        for folder in self._root.iterdir():
-            upload = known.get(folder.name)
-            kept = {part.sha256 for part in self.uploads.parts(upload)} if upload else set()
-            _empty(folder, kept)
-            if upload and kept:
+        known: set[str] = set()
+        for upload in self.uploads.all_pending():
+            if keys := self._keys(upload):
+                known |= keys
                 self._hold(upload)
+        for key in self._files.keys("parts"):
+            if key not in known:
+                self._files.remove(key)
         self.sweep()
 
     def create(self, to: Destination, *, filename: str, purpose: str, num_bytes: int) -> PartedUpload:
@@ -110,16 +105,13 @@ class PartStore:
         digest = file.finish(None)
         with self._lock, disk_full_is_an_answer():
             self.uploads.again(upload).check_pending()
-            folder = self._root / upload.id
-            if not folder.exists():
-                folder.mkdir()
-                sync_directory(self._root)
-            os.replace(file.path, folder / digest)
-            sync_directory(folder)
+            key = _key(upload, digest)
             try:
+                self._files.put(key, file.path)
                 part = self.uploads.add_part(upload, digest, file.num_bytes)
             except BaseException:
-                _empty(folder, {part.sha256 for part in self.uploads.parts(upload)})
+                if key not in self._keys(upload):
+                    self._files.remove(key)
                 raise
             self._hold(upload)
             return part
@@ -138,6 +130,7 @@ class PartStore:
                 return upload
             upload.check_pending()
             parts = self._in_order(upload, part_ids)
+            gone: list[Part] = []
             file = self._store.begin_upload(upload.num_bytes)
             try:
                 found_md5 = self._join(upload, parts, file, with_md5=md5 is not None)
@@ -147,15 +140,17 @@ class PartStore:
                 def also(stored: Stored) -> None:
                     number, digest = stored.version.number, stored.version.digest
                     now = int(time.time())
-                    self.uploads.close(
-                        upload, Status.COMPLETED, version=number, sha256=digest, md5=found_md5, created=now
+                    gone.extend(
+                        self.uploads.close(
+                            upload, Status.COMPLETED, version=number, sha256=digest, md5=found_md5, created=now
+                        )
                     )
 
                 self._accept(to, file, sha256, also)
             finally:
                 file.close()
             with self._lock:
-                self._clear(upload)
+                self._clear(upload, gone)
             return self.uploads.again(upload)
 
     def cancel(self, caller: Caller, upload_id: str) -> PartedUpload:
@@ -211,7 +206,7 @@ class PartStore:
     def _join(self, upload: PartedUpload, parts: Sequence[Part], file: Upload, *, with_md5: bool) -> str | None:
         digest = hashlib.md5(usedforsecurity=False) if with_md5 else None
         for part in parts:
-            with open(self._root / upload.id / part.sha256, "rb") as source:
+            with self._files.reading(_key(upload, part.sha256)) as path, path.open("rb") as source:
                 while piece := source.read(PIECE_BYTES):
                     file.write(piece)
                     if digest:
@@ -220,14 +215,17 @@ class PartStore:
 
     def _end(self, upload: PartedUpload, status: Status) -> None:
         with self._lock:
-            self.uploads.close(upload, status)
-            self._clear(upload)
+            self._clear(upload, self.uploads.close(upload, status))
 
-    def _clear(self, upload: PartedUpload) -> None:
+    def _clear(self, upload: PartedUpload, parts: Sequence[Part]) -> None:
         if upload.id in self._held:
             self._held.remove(upload.id)
             self._disclaim(upload)
-            _empty(self._root / upload.id)
+        for part in parts:
+            self._files.remove(_key(upload, part.sha256))
+
+    def _keys(self, upload: PartedUpload) -> set[str]:
+        return {_key(upload, part.sha256) for part in self.uploads.parts(upload)}
 
     def _hold(self, upload: PartedUpload) -> None:
         if upload.id not in self._held:
@@ -248,13 +246,8 @@ class PartStore:
                 self._gate.release(upload.tenant_id, upload.num_bytes)
 
 
-def _empty(folder: Path, but: set[str] | None = None) -> None:
-    """Removes what is not in `but`, and the folder where nothing is."""
-    for path in folder.iterdir():
-        if path.name not in (but or ()):
-            path.unlink()
-    if not but:
-        folder.rmdir()
+def _key(upload: PartedUpload, sha256: str) -> str:
+    return f"parts/{upload.id}/{sha256}"
 
 
 def _check_digest(kind: str, given: str | None, found: str | None) -> None:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ class Residency:
 
     def __init__(
         self,
-        path_of: Callable[[DeltaDigest], Path],
+        file_of: Callable[[DeltaDigest], AbstractContextManager[Path]],
         device: torch.device,
         limits: Limits,
         *,
@@ -49,7 +50,7 @@ class Residency:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.slots: list[ResidentDelta | None] = [None] * limits.device_deltas
-        self._path_of = path_of
+        self._file_of = file_of
         self._device = device
         self._limits = limits
         self._load = load
@@ -234,7 +235,8 @@ class Residency:
         failure: DeltaLoadFailed | None = None
         host: ResidentDelta | None = None
         try:
-            host = read_delta(self._path_of(digest), digest, self._load)
+            with self._file_of(digest) as path:
+                host = read_delta(path, digest, self._load)
         except DeltaLoadFailed as error:
             failure = error
         except Exception as error:

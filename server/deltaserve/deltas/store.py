@@ -1,13 +1,8 @@
-"""Uploaded deltas on disk: immutable objects named by their digest; the registry's names point to them.
-
-    ROOT/objects/ab/abcd….safetensors     content-addressed, written once
-    ROOT/incoming/                        uploads under way; emptied at start
-    ROOT/parts/                           `deltas.parts`
-    ROOT/registry.sqlite, ROOT/lock       `tenants.registry`
+"""Uploaded deltas: immutable objects named by their digest (`deltas.files`); the registry's names point to them.
 
 An upload is acknowledged after its bytes and its registry row are synced to disk. A crash at any point leaves the old
-state or the new one: what lies in incoming, or in objects without a row, is removed at the next start. An object goes
-when no version names it and no request leases it.
+state or the new one: an object without a row is removed at the next start. An object goes when no version names it and
+no request leases it.
 """
 
 from __future__ import annotations
@@ -15,16 +10,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaserve.deltas.tensorfile import sync_directory
+from deltaserve.deltas.files import Files
 from deltaserve.errors import ArtifactTooLarge, DigestMismatch
 from deltaserve.ids import DeltaDigest
 from deltaserve.tenants.accounts import Caller, Tenant
@@ -101,25 +96,23 @@ class DeltaStore:
     def __init__(
         self,
         registry: Registry,
+        files: Files,
         *,
         keep_versions: int = 1,
         on_removed: Callable[[DeltaDigest], None] = lambda digest: None,
     ) -> None:
         self.models = Models(registry)
+        self.files = files
         self._registry = registry
         self._keep_versions = keep_versions
         self._on_removed = on_removed
-        self._objects, self._incoming = registry.root / "objects", registry.root / "incoming"
-        shutil.rmtree(self._incoming, ignore_errors=True)
-        for directory in (self._objects, self._incoming):
-            directory.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # a lease begins, or an object goes
         self._leases: Counter[DeltaDigest] = Counter()
-        for path in self._objects.glob("*/*.safetensors"):
-            self._remove_if_unused(DeltaDigest(path.stem))
+        for key in files.keys("objects"):
+            self._remove_if_unused(DeltaDigest(Path(key).stem))
 
     def begin_upload(self, max_bytes: int) -> Upload:
-        return Upload(self._incoming, max_bytes)
+        return Upload(self.files.incoming, max_bytes)
 
     def commit(
         self,
@@ -132,31 +125,19 @@ class DeltaStore:
         """A finished upload becomes a version, and the name points to it. Bytes that the model has already are the
         version they were. `also` is written with it, or neither is. Raises InvalidName, StorageFull."""
         check_name(to.name)
-        with self._lock, disk_full_is_an_answer():
-            before = self.models.own(to.owner.id, to.name)
-            try:
-                self._place(upload, digest)
-                with self._registry.write():  # the new version comes and an old one goes, or neither
-                    stored, replaced = self._record(to, before, upload.num_bytes, digest, summary)
-                    also(stored)
-            except BaseException:
-                self._remove_if_unused(digest)
-                raise
-            for old in replaced:
-                self._remove_if_unused(old)
-            return stored
-
-    def _place(self, upload: Upload, digest: DeltaDigest) -> None:
-        """The bytes, under their digest. They were just checked; those that lie there may have been damaged."""
-        path = self.path(digest)
-        path.parent.mkdir(exist_ok=True)
-        sync_directory(self._objects)
-        os.replace(upload.path, path)
-        sync_directory(path.parent)
+        with self._kept(digest):  # if nothing comes of it, it goes
+            self.files.put(_key(digest), upload.path)
+            with self._registry.write():  # the new version comes and an old one goes, or neither
+                stored, replaced = self._record(to, upload.num_bytes, digest, summary)
+                also(stored)
+        for old in replaced:
+            self._remove_if_unused(old)
+        return stored
 
     def _record(
-        self, to: Destination, before: Model | None, num_bytes: int, digest: DeltaDigest, summary: dict[str, Any]
+        self, to: Destination, num_bytes: int, digest: DeltaDigest, summary: dict[str, Any]
     ) -> tuple[Stored, list[DeltaDigest]]:
+        before = self.models.own(to.owner.id, to.name)
         to.condition.check(before)
         known = self.models.versions(before) if before else []
         version = next((known for known in known if known.digest == digest), None)
@@ -188,13 +169,24 @@ class DeltaStore:
     def release(self, digest: DeltaDigest) -> None:
         with self._lock:
             self._leases[digest] -= 1
-            if self._leases[digest] <= 0:
-                del self._leases[digest]
-                self._remove_if_unused(digest)
+            if self._leases[digest]:
+                return
+            del self._leases[digest]
+        self._remove_if_unused(digest)
+
+    @contextmanager
+    def _kept(self, digest: DeltaDigest) -> Iterator[None]:
+        """A lease of what may have no name yet."""
+        with self._lock:
+            self._leases[digest] += 1
+        try:
+            yield
+        finally:
+            self.release(digest)
 
     def change(self, caller: Caller, called: str, change: Change, condition: Condition = ALWAYS) -> Model:
         """Raises ModelNotFound, PermissionDenied, PreconditionFailed, StorageFull."""
-        with self._lock, self._registry.write():
+        with self._registry.write():
             before, _ = self.models.owned(caller, called)
             condition.check(before)
             after = self.models.change(before, change)
@@ -214,35 +206,44 @@ class DeltaStore:
     def delete(self, caller: Caller, called: str, condition: Condition = ALWAYS) -> None:
         """Forgets every version of a model, or the one that is named; running requests finish on theirs. Raises
         ModelNotFound, PermissionDenied, PreconditionFailed, VersionInUse, StorageFull."""
-        with self._lock:
+        with self._registry.write():
             model, version = self.models.owned(caller, called)
             condition.check(model)
             if version is None:
-                return self._forget([model], str(caller))
-            with self._registry.write():
+                gone = self._forget([model], str(caller))
+            else:
                 self.models.drop(model, version)
                 target = f"{model.owner}:{model.name}@{version.number}"
                 self._registry.audit(str(caller), "version.delete", target, version.digest)
-            self._remove_if_unused(version.digest)
-
-    def delete_all(self, tenant: Tenant, by: str) -> None:
-        """`delete` of every model of a tenant, or of none."""
-        with self._lock:
-            self._forget(self.models.of(tenant.id), by)
-
-    def _forget(self, models: Sequence[Model], by: str) -> None:
-        gone: list[DeltaDigest] = []
-        with self._registry.write():
-            for model in models:
-                gone += self.models.forget(model)
-                self._registry.audit(by, "model.delete", f"{model.owner}:{model.name}", model.active.digest)
+                gone = [version.digest]
         for digest in gone:
             self._remove_if_unused(digest)
 
-    def path(self, digest: DeltaDigest) -> Path:
-        return self._objects / digest[:2] / f"{digest}.safetensors"
+    def delete_all(self, tenant: Tenant, by: str) -> None:
+        """`delete` of every model of a tenant, or of none."""
+        with self._registry.write():
+            gone = self._forget(self.models.of(tenant.id), by)
+        for digest in gone:
+            self._remove_if_unused(digest)
+
+    def _forget(self, models: Sequence[Model], by: str) -> list[DeltaDigest]:
+        gone: list[DeltaDigest] = []
+        for model in models:
+            gone += self.models.forget(model)
+            self._registry.audit(by, "model.delete", f"{model.owner}:{model.name}", model.active.digest)
+        return gone
+
+    def reading(self, digest: DeltaDigest) -> AbstractContextManager[Path]:
+        """The object as a file on this disk, while it is read. Raises FileNotFoundError."""
+        return self.files.reading(_key(digest))
 
     def _remove_if_unused(self, digest: DeltaDigest) -> None:
-        if not self.models.is_named(digest) and not self._leases[digest]:
-            self.path(digest).unlink(missing_ok=True)
+        with self._lock:
+            if self._leases[digest] or self.models.is_named(digest):
+                return
+            self.files.remove(_key(digest))
             self._on_removed(digest)
+
+
+def _key(digest: DeltaDigest) -> str:
+    return f"objects/{digest[:2]}/{digest}.safetensors"

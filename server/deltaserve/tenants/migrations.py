@@ -1,11 +1,12 @@
 """The registry's schema, as the steps that lead to it. A step that was released is never edited: add one.
 
-`PRAGMA user_version` counts the steps a file has taken; each runs in a transaction of its own.
+They are written for SQLite, in words that `tenants.postgres` knows how to put for PostgreSQL. The registry counts the
+steps it has taken; each runs in a transaction of its own.
 """
 
 from __future__ import annotations
 
-import sqlite3
+from collections.abc import Iterator
 
 from deltaserve.errors import IncompatibleStore
 
@@ -17,12 +18,19 @@ FIRST = (
         summary TEXT NOT NULL, PRIMARY KEY (name, version)
     ) STRICT""",
 )
+CARRY_OVER = (  # from SQLite files of before there were tenants
+    f"""INSERT INTO models (tenant, name, active, last_version, created)
+        SELECT {DEFAULT_TENANT}, name, MAX(version), MAX(version), MIN(created) FROM deltas GROUP BY name""",
+    """INSERT OR IGNORE INTO versions
+        SELECT m.id, d.version, d.digest, COALESCE(json_extract(d.summary, '$.disk_bytes'), 0), d.created, d.summary
+        FROM deltas d JOIN models m ON m.name = d.name ORDER BY d.version DESC""",
+)
 TENANTS = (
     """CREATE TABLE tenants (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, created INTEGER NOT NULL,
         limits TEXT NOT NULL DEFAULT '{}', deleted INTEGER
     ) STRICT""",
-    f"INSERT INTO tenants (id, name, created) VALUES ({DEFAULT_TENANT}, 'default', unixepoch())",
+    "INSERT INTO tenants (name, created) VALUES ('default', unixepoch())",  # the first: DEFAULT_TENANT
     """CREATE TABLE keys (
         id TEXT PRIMARY KEY, tenant INTEGER NOT NULL REFERENCES tenants ON DELETE CASCADE, digest BLOB NOT NULL,
         scopes TEXT NOT NULL, label TEXT NOT NULL, created INTEGER NOT NULL, expires INTEGER, revoked INTEGER
@@ -48,11 +56,7 @@ TENANTS = (
         id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL,
         object TEXT NOT NULL, digest TEXT, detail TEXT NOT NULL
     ) STRICT""",
-    f"""INSERT INTO models (tenant, name, active, last_version, created)
-        SELECT {DEFAULT_TENANT}, name, MAX(version), MAX(version), MIN(created) FROM deltas GROUP BY name""",
-    """INSERT OR IGNORE INTO versions
-        SELECT m.id, d.version, d.digest, COALESCE(json_extract(d.summary, '$.disk_bytes'), 0), d.created, d.summary
-        FROM deltas d JOIN models m ON m.name = d.name ORDER BY d.version DESC""",
+    *CARRY_OVER,
     "DROP TABLE deltas",
 )
 USAGE = (
@@ -74,21 +78,13 @@ UPLOADS = (
         created INTEGER NOT NULL, PRIMARY KEY (upload, digest)
     ) STRICT""",
 )
-STEPS = (FIRST, TENANTS, USAGE, UPLOADS)
+PLACES = ("ALTER TABLE upload_parts ADD COLUMN place INTEGER NOT NULL DEFAULT 0",)
+STEPS = (FIRST, TENANTS, USAGE, UPLOADS, PLACES)
 
 
-def migrate(connection: sqlite3.Connection) -> None:
-    """Takes the steps that the file lacks. Raises IncompatibleStore for a file of a newer deltaserve."""
-    (taken,) = connection.execute("PRAGMA user_version").fetchone()
+def missing(taken: int) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """(number, statements) of every step after `taken`. Raises IncompatibleStore for a registry of a newer
+    deltaserve."""
     if taken > len(STEPS):
         raise IncompatibleStore(f"the registry has schema {taken}; this deltaserve knows up to {len(STEPS)}")
-    for number, step in enumerate(STEPS[taken:], taken + 1):
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            for statement in step:
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {number}")
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
-        connection.execute("COMMIT")
+    return enumerate(STEPS[taken:], taken + 1)

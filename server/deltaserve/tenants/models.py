@@ -148,7 +148,7 @@ def check_name(name: str) -> None:
 
 SELECT = """
 SELECT m.id, m.tenant, t.name, m.name, m.canary, m.canary_percent, m.pinned, m.revision, m.created,
-       (SELECT json_group_array(o.name) FROM shares s JOIN tenants o ON o.id = s.tenant WHERE s.model = m.id),
+       (SELECT group_concat(o.name, ',') FROM shares s JOIN tenants o ON o.id = s.tenant WHERE s.model = m.id),
        v.version, v.digest, v.created, v.summary
 FROM models m JOIN tenants t ON t.id = m.tenant JOIN versions v ON v.model = m.id AND v.version = m.active
 """
@@ -271,11 +271,11 @@ class Models:
                     (number, change.canary.percent, model.id),
                 )
             if change.pinned is not None:
-                db.execute("UPDATE models SET pinned = ? WHERE id = ?", (change.pinned, model.id))
+                db.execute("UPDATE models SET pinned = ? WHERE id = ?", (int(change.pinned), model.id))
             if change.shared_with is not None:
                 db.execute("DELETE FROM shares WHERE model = ?", (model.id,))
-                others = {tenant.id for tenant in change.shared_with} - {model.tenant_id}
-                db.executemany("INSERT INTO shares VALUES (?, ?)", [(model.id, tenant) for tenant in others])
+                for other in {tenant.id for tenant in change.shared_with} - {model.tenant_id}:
+                    db.execute("INSERT INTO shares VALUES (?, ?)", (model.id, other))
             db.execute("UPDATE models SET revision = revision + 1 WHERE id = ?", (model.id,))
             return self.again(model)
 
@@ -296,14 +296,16 @@ class Models:
 
     def pinned(self) -> list[DeltaDigest]:
         """What pinned names point to."""
-        return [_model(row).active.digest for row in self._registry.rows(f"{SELECT} WHERE m.pinned")]
+        return [_model(row).active.digest for row in self._registry.rows(f"{SELECT} WHERE m.pinned = 1")]
 
     def held_by(self, tenant_id: int) -> tuple[int, int]:
         """(models, bytes of their versions); what two of them share counts once."""
         sizes = """SELECT MAX(v.bytes) AS bytes FROM versions v JOIN models m ON m.id = v.model
             WHERE m.tenant = ? GROUP BY v.digest"""
         ((count,),) = self._registry.rows("SELECT COUNT(*) FROM models WHERE tenant = ?", tenant_id)
-        ((size,),) = self._registry.rows(f"SELECT COALESCE(SUM(bytes), 0) FROM ({sizes})", tenant_id)
+        ((size,),) = self._registry.rows(
+            f"SELECT CAST(COALESCE(SUM(bytes), 0) AS BIGINT) FROM ({sizes}) AS sizes", tenant_id
+        )
         return count, size
 
     def check_quota(self, tenant: Tenant) -> None:
@@ -357,5 +359,5 @@ def _model(row: Row) -> Model:
         pinned=bool(pinned),
         revision=revision,
         created=created,
-        shared_with=tuple(sorted(json.loads(shared))),
+        shared_with=tuple(sorted(shared.split(","))) if shared else (),
     )

@@ -1,22 +1,22 @@
-"""registry.sqlite: the one file that says who there is and what they own. WAL, synced at every commit."""
+"""The registry: who there is and what they own. Rows in SQLite (`tenants.sqlite`) or PostgreSQL (`tenants.postgres`).
+
+SQL is written once, for both: parameters are `?`, flags are 0 and 1, times are unix seconds, ON CONFLICT instead of
+OR IGNORE, a name for each subquery. Both have one writer at a time, so what a transaction reads, it may act on.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import json
 import sqlite3
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
-from deltaserve.errors import StorageFull, StoreInUse
-from deltaserve.tenants.migrations import migrate
+from deltaserve.errors import StorageFull
 
 Row = tuple[Any, ...]
 
@@ -47,52 +47,37 @@ class AuditEntry:
     detail: dict[str, Any]
 
 
-class Registry:
-    """Opens, locks and migrates the registry in `root`. Thread-safe; one process at a time. Raises StoreInUse,
-    IncompatibleStore."""
+class Cursor(Protocol):
+    """What a statement found."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        root.mkdir(parents=True, exist_ok=True)
-        self._guard = (root / "lock").open("w")
-        try:
-            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process ends
-        except BlockingIOError:
-            self._guard.close()
-            raise StoreInUse(f"{root}: another server works on this store; each needs one of its own") from None
-        self._lock = threading.RLock()
-        self._depth = 0
-        self._connection = sqlite3.connect(root / "registry.sqlite", check_same_thread=False, isolation_level=None)
-        try:
-            for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-                self._connection.execute(f"PRAGMA {pragma}")
-            migrate(self._connection)
-        except BaseException:
-            self.close()
-            raise
+    @property
+    def rowcount(self) -> int: ...
 
+    def fetchone(self) -> Any: ...
+
+    def fetchall(self) -> list[Any]: ...
+
+
+class Transaction(Protocol):
+    def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor: ...
+
+
+class Registry(ABC):
+    """Thread-safe."""
+
+    is_shared: ClassVar[bool]  # do other servers change it too?
+
+    @abstractmethod
     def rows(self, sql: str, *values: Any) -> list[Row]:
-        with self._lock:
-            return self._connection.execute(sql, values).fetchall()
+        """What a SELECT finds; within `write`, with what was written there."""
 
-    @contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """A transaction, on disk when the outermost `with` ends; an exception takes it all back. Raises StorageFull."""
-        with self._lock, disk_full_is_an_answer():
-            if self._depth:
-                yield self._connection
-                return
-            self._connection.execute("BEGIN IMMEDIATE")
-            self._depth = 1
-            try:
-                yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.OperationalError):  # a full disk may have rolled back already
-                    self._connection.execute("ROLLBACK")
-                raise
-            finally:
-                self._depth = 0
+    @abstractmethod
+    def write(self) -> AbstractContextManager[Transaction]:
+        """A transaction, on disk when the outermost `with` ends; an exception takes it all back. Nobody else writes
+        meanwhile. Raises StorageFull."""
+
+    @abstractmethod
+    def close(self) -> None: ...
 
     def audit(self, who: str, action: str, target: str, digest: str | None = None, /, **detail: Any) -> None:
         """Notes a change, in the transaction that makes it."""
@@ -113,7 +98,3 @@ class Registry:
             AuditEntry(number, at, who, action, target, digest, json.loads(detail))
             for number, at, who, action, target, digest, detail in rows
         ]
-
-    def close(self) -> None:
-        self._connection.close()
-        self._guard.close()

@@ -90,7 +90,17 @@ class PartedUploads:
             pending = "SELECT COUNT(*) FROM uploads WHERE tenant = ? AND status = 'pending' AND expires > ?"
             if db.execute(pending, (owner.id, now)).fetchone()[0] >= MAX_PENDING:
                 raise RateLimited(f"{MAX_PENDING} uploads are pending; complete or cancel one first", retry_after_s=60)
-            values = (upload_id, owner.id, name, filename, purpose, num_bytes, activates, now, now + self._expires_s)
+            values = (
+                upload_id,
+                owner.id,
+                name,
+                filename,
+                purpose,
+                num_bytes,
+                int(activates),
+                now,
+                now + self._expires_s,
+            )
             db.execute(
                 "INSERT INTO uploads (id, tenant, name, filename, purpose, bytes, activates, created, expires) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -116,7 +126,7 @@ class PartedUploads:
     def parts(self, upload: PartedUpload) -> list[Part]:
         """In the order in which they came."""
         rows = self._registry.rows(
-            "SELECT digest, bytes, created FROM upload_parts WHERE upload = ? ORDER BY rowid", upload.id
+            "SELECT digest, bytes, created FROM upload_parts WHERE upload = ? ORDER BY place", upload.id
         )
         return [Part(*row) for row in rows]
 
@@ -138,18 +148,22 @@ class PartedUploads:
                 if len(before) >= MAX_PARTS:
                     raise BadRequest(f"an upload has at most {MAX_PARTS} parts", param="data")
                 part = Part(sha256, num_bytes, now)
-                db.execute("INSERT INTO upload_parts VALUES (?, ?, ?, ?)", (upload.id, sha256, num_bytes, now))
+                db.execute(
+                    "INSERT INTO upload_parts VALUES (?, ?, ?, ?, ?)", (upload.id, sha256, num_bytes, now, len(before))
+                )
             db.execute("UPDATE uploads SET expires = ? WHERE id = ?", (now + self._expires_s, upload.id))
         return part
 
-    def close(self, upload: PartedUpload, status: Status, **result: Any) -> None:
-        """It has ended, and has no parts any more."""
+    def close(self, upload: PartedUpload, status: Status, **result: Any) -> list[Part]:
+        """It has ended, and has no parts any more; → those it had."""
         with self._registry.write() as db:
+            parts = self.parts(upload)
             db.execute("DELETE FROM upload_parts WHERE upload = ?", (upload.id,))
             db.execute(
                 "UPDATE uploads SET status = ?, expires = ?, result = ? WHERE id = ?",
                 (status, int(self._clock()), json.dumps(result) if result else None, upload.id),
             )
+        return parts
 
     def forget_old(self) -> None:
         """Those that ended long ago."""

@@ -62,10 +62,8 @@ class Usage:
         self.write()
         rows = self._registry.rows(
             "SELECT tenant_name, model, day, requests, prompt_tokens, completion_tokens FROM usage "
-            "WHERE day >= ? AND (? IS NULL OR tenant = ?) ORDER BY day, tenant, model",
-            since,
-            tenant.id if tenant else None,
-            tenant.id if tenant else None,
+            f"WHERE day >= ? {'AND tenant = ?' if tenant else ''} ORDER BY day, tenant, model",
+            *((since, tenant.id) if tenant else (since,)),
         )
         return [Used(*row) for row in rows]
 
@@ -81,10 +79,10 @@ class Usage:
                     for kind in {kind for kind, _ in counts}:
                         added = [counts[kind, what] for what in ("requests", "prompt_tokens", "completion_tokens")]
                         db.execute(
-                            "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-                            "requests = requests + excluded.requests, "
-                            "prompt_tokens = prompt_tokens + excluded.prompt_tokens, "
-                            "completion_tokens = completion_tokens + excluded.completion_tokens",
+                            "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (tenant, model, day) DO UPDATE "
+                            "SET requests = usage.requests + excluded.requests, "
+                            "prompt_tokens = usage.prompt_tokens + excluded.prompt_tokens, "
+                            "completion_tokens = usage.completion_tokens + excluded.completion_tokens",
                             (*kind, *added),
                         )
             except BaseException:

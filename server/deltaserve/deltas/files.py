@@ -1,0 +1,82 @@
+"""Files by key, whole and synced or not there at all. A key ends in the SHA-256 of the bytes: what is written once is
+never another.
+
+    objects/ab/abcd….safetensors     a version of a model (`deltas.store`)
+    parts/UPLOAD/SHA256              a part of an upload (`deltas.parts`)
+    incoming/                        on this server alone: what is on its way in; emptied at start
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from deltaserve.deltas.tensorfile import sync_directory
+from deltaserve.tenants.registry import disk_full_is_an_answer
+
+
+class Files(Protocol):
+    """Thread-safe."""
+
+    @property
+    def incoming(self) -> Path: ...
+
+    def put(self, key: str, source: Path) -> None:
+        """A synced file of `incoming` moves in. What lies there already is replaced: it may have been damaged. Raises
+        StorageFull."""
+
+    def reading(self, key: str) -> AbstractContextManager[Path]:
+        """A file on this disk with the bytes, while it is read. Raises FileNotFoundError."""
+
+    def remove(self, key: str) -> None:
+        """Harmless where there is none."""
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """Those under a folder."""
+
+
+class LocalFiles:
+    """In folders under `root`, which belongs to this process alone."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._moving = threading.Lock()  # an empty folder goes, or something comes into it
+        self.incoming = root / "incoming"
+        shutil.rmtree(self.incoming, ignore_errors=True)
+        for folder in ("objects", "parts", "incoming"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            for left in (root / folder).iterdir():
+                with contextlib.suppress(OSError):  # there is something in it
+                    left.rmdir()
+
+    def path(self, key: str) -> Path:
+        return self._root / key
+
+    def put(self, key: str, source: Path) -> None:
+        path = self.path(key)
+        with self._moving, disk_full_is_an_answer():
+            path.parent.mkdir(exist_ok=True)
+            sync_directory(path.parent.parent)
+            os.replace(source, path)
+            sync_directory(path.parent)
+
+    @contextmanager
+    def reading(self, key: str) -> Iterator[Path]:
+        yield self.path(key)
+
+    def remove(self, key: str) -> None:
+        path = self.path(key)
+        with self._moving:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # others are in it
+                path.parent.rmdir()
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        for path in sorted((self._root / prefix).glob("*/*")):
+            yield path.relative_to(self._root).as_posix()
