@@ -100,7 +100,9 @@ void end_products(void) {}
 
 EXPORT int ds_allowed(void) { return 1; }
 
-enum { AT_ONCE = VW == 16 ? 8 : 2, VECTORS = 32 / VW };
+/* Weights stream from memory once: they are asked for this far ahead, into the second-level cache. The first-level one has
+   too few lines on their way at once. */
+enum { AT_ONCE = VW == 16 ? 8 : 2, VECTORS = 32 / VW, AHEAD = 32768 };
 
 static inline __attribute__((always_inline)) void rows_of(
     int rows, const u16 *x, long ldx, const u16 *tiles, int blocks, float *y, long ldy, int add) {
@@ -113,7 +115,7 @@ static inline __attribute__((always_inline)) void rows_of(
             for (int v = 0; v < VECTORS; v++) {
                 int n = v * VW; /* of 32, two tiles of 16 */
                 const u16 *p = tiles + n / 16 * TILE + pair * 32 + n % 16 * 2;
-                _mm_prefetch((const char *)p + 8192, _MM_HINT_T0);
+                _mm_prefetch((const char *)p + AHEAD, _MM_HINT_T1);
                 w[v] = vload_pairs(p);
             }
             for (int m = 0; m < rows; m++) {
