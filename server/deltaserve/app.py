@@ -86,6 +86,7 @@ def build_services(settings: Settings) -> Services:
         kv_slots=num_blocks * settings.block_size,
         block_size=settings.block_size,
         kernels=settings.kernels,
+        quantization=settings.quantization,
     )
     max_model_len = _max_model_len(settings, model, num_blocks * settings.block_size)
     metrics = Metrics(settings.served_model_name or base.name)
@@ -185,9 +186,9 @@ def build_services(settings: Settings) -> Services:
     services.keep_pinned()
     metrics.read_gauges_from(lambda: _gauges(services, blocks))
     logger.info(
-        "base %s (%s…) on %s as %s; context %d tokens, KV cache %d tokens; decoder %s, kernels %s",
+        "base %s (%s…) on %s as %s; context %d tokens, KV cache %d tokens; %s",
         services.base_id, base.fingerprint[:12], device, services.runtime["dtype"], max_model_len,
-        num_blocks * settings.block_size, model.runtime["decoder"], model.runtime["kernels"],
+        num_blocks * settings.block_size, ", ".join(f"{what} {name}" for what, name in model.runtime.items()),
     )  # fmt: skip
     return services
 

@@ -52,6 +52,9 @@ class Settings(BaseSettings):
     kernels: Literal["auto", "torch", "triton", "amx", "avx512bf16", "avx512", "avx2"] = Field(
         "auto", description="what applies deltas: triton on a GPU, on a CPU in bfloat16 what was built for it, or torch"
     )
+    quantization: Literal["none", "int8", "fp8", "int4"] = Field(
+        "none", description="of the base's weights alone, by torchao; deltas ride on top"
+    )
     served_model_name: str | None = Field(None, description="id of the base in requests (default: its file name)")
     api_key: str | None = Field(
         None,

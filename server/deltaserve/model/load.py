@@ -20,6 +20,7 @@ from deltaserve.model.delta_layers import DeltaEmbedding, DeltaHead, DeltaLinear
 from deltaserve.model.fused_delta import bundled
 from deltaserve.model.kernels import fused_kernels, fused_step, native_library, served_form, stored_dtype
 from deltaserve.model.native import NativeModel, native_fits
+from deltaserve.model.quantization import Quantization, check_stored_whole, quantise
 from deltaserve.model.served import ServedModel
 from deltaserve.model.shape import check_exact
 from deltaserve.model.step import Step, StepContext
@@ -43,11 +44,13 @@ class TransformersModel(ServedModel):
     library: Library | None  # native kernels for terms
     fused: FusedKernels | None  # Triton's
     sites: tuple[tuple[str, int], ...]  # weights that take terms, and their rows
+    quantization: Quantization  # of the base's matrices
 
     @property
     def runtime(self) -> dict[str, str]:
         kernels = "triton" if self.fused else self.library.instruction_set if self.library else "torch"
-        return {"decoder": "transformers", "kernels": kernels}
+        whole = {"decoder": "transformers", "kernels": kernels}
+        return whole if self.quantization == "none" else {**whole, "quantization": self.quantization}
 
     @property
     def num_paged_layers(self) -> int:
@@ -89,14 +92,18 @@ def load_model(
     kv_slots: int,
     block_size: int = 1,
     kernels: str = "auto",
+    quantization: Quantization = "none",
 ) -> ServedModel:
-    """`kernels`: auto, torch, triton, or a native instruction set. Raises CheckpointError for what is no decoder-only
-    model that can be served exactly, BadRequest for kernels that cannot be had."""
+    """`kernels`: auto, torch, triton, or a native instruction set. A quantised base runs in transformers. Raises
+    CheckpointError for what is no decoder-only model that can be served exactly, BadRequest for kernels or a
+    quantization that cannot be had."""
+    check_stored_whole(checkpoint)
     dtype = dtype or stored_dtype(checkpoint)
     library = native_library(kernels, device, dtype)
-    if library is not None and native_fits(checkpoint, block_size):
+    if library is not None and quantization == "none" and native_fits(checkpoint, block_size):
         return NativeModel.load(checkpoint, library, kv_slots)
-    return _load_transformers(checkpoint, device, dtype, kv_slots, library, fused_kernels(kernels, device))
+    fused = fused_kernels(kernels, device)
+    return _load_transformers(checkpoint, device, dtype, kv_slots, library, fused, quantization)
 
 
 def _load_transformers(
@@ -106,6 +113,7 @@ def _load_transformers(
     kv_slots: int,
     library: Library | None,
     fused: FusedKernels | None,
+    quantization: Quantization,
 ) -> TransformersModel:
     context = StepContext(KvCache(kv_slots))
     attention = f"{NAME}_{next(_serial)}"  # transformers' table of them is global, the cache is this model's
@@ -119,6 +127,7 @@ def _load_transformers(
     nn.Module.requires_grad_(nn.Module.eval(nn.Module.to(model, device)), False)
     config = model.config.get_text_config()
     check_exact(checkpoint.name, config)
+    quantise(model, model.get_output_embeddings(), quantization)  # type: ignore[no-untyped-call]
     tied = bool(config.tie_word_embeddings)
     sites, other = _replace_layers(model, context, tied)
     head = next(module for module in model.modules() if isinstance(module, DeltaHead))
@@ -139,6 +148,7 @@ def _load_transformers(
         library=library,
         fused=fused,
         sites=tuple(sites.items()),
+        quantization=quantization,
     )
 
 
