@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 MAX_THREADS = 512  # most of them asleep, waiting for disks, templates and tokenizers
 MAX_UPLOADS = max((os.cpu_count() or 1) // 4, 1)  # that are written or checked at once: serving needs the other cores
 LONGEST_DEFAULT = 8192  # tokens of max_model_len where the settings do not say
+STEP_TOKENS = {"cuda": 1024, "cpu": 256}  # of max_num_batched_tokens where the settings do not say
 SWEEP_S = 60.0
 Gauge = tuple[str, str, dict[str, str], float]
 
@@ -137,7 +138,7 @@ def build_services(settings: Settings) -> Services:
         blocks,
         residency,
         max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_batched_tokens=settings.max_num_batched_tokens or STEP_TOKENS[device.type],
         max_num_seqs_per_tenant=settings.max_num_seqs_per_tenant,
         max_num_batched_tokens_per_tenant=settings.max_num_batched_tokens_per_tenant,
         weights=settings.tenant_weights,

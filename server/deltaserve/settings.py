@@ -63,7 +63,9 @@ class Settings(BaseSettings):
         repr=False,
     )
     max_num_seqs: int = Field(32, ge=1, le=4096, description="requests that run at once")
-    max_num_batched_tokens: int = Field(1024, ge=16, le=2**20, description="tokens of one step, prompts included")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=16, le=2**20, description="tokens of one step, prompts included (default: 1024, on a CPU 256)"
+    )
     max_model_len: int | None = Field(None, ge=2, description="longest prompt + answer (default: the model's, ≤ 8192)")
     max_num_queued_reqs: int = Field(256, ge=0, description="requests that wait; beyond it 429")
     max_num_seqs_per_tenant: int | None = Field(

@@ -46,6 +46,16 @@ def test_an_answer_is_counted(server: Any) -> None:
     assert [after - old for after, old in zip(read().values(), before.values(), strict=True)] == [6, 9, 1, 1, 1]
 
 
+def test_a_long_prompt_is_read_in_steps_of_256_tokens_on_a_cpu(server: Any) -> None:
+    def num_steps() -> float:
+        return float(server.metric("vllm:iteration_tokens_total_count"))
+
+    before = num_steps()
+    body = {"model": "tiny", "prompt": [7, 8, 9, 11] * 100, "max_tokens": 1}
+    server.http.post("/v1/completions", json=body).raise_for_status()
+    assert num_steps() >= before + 2  # more where another tenant was here a moment ago
+
+
 def test_a_resident_delta_has_its_sizes(server: Any) -> None:
     body = {"model": "sign", "prompt": "a", "max_tokens": 1}
     server.http.post("/v1/completions", json=body).raise_for_status()
