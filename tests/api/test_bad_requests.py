@@ -134,7 +134,7 @@ NUMBERS = {  # field → values just outside its range
     "top_k": [-2, 2**31],
     "min_p": [-0.1, 1.1],
     "seed": [-(2**63) - 1, 2**63],
-    "repetition_penalty": [0, -1, 10.1],
+    "repetition_penalty": [0, -1, 5e-324, 0.009, 10.1],
     "presence_penalty": [-2.1, 2.1],
     "frequency_penalty": [-2.1, 2.1],
     "min_tokens": [-1, 3],

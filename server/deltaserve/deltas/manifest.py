@@ -146,7 +146,7 @@ class GenerationSpec(TypedDict, total=False):
     top_p: Annotated[float, Field(gt=0, le=1)]
     top_k: Natural
     min_p: Annotated[float, Field(ge=0, le=1)]
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)]
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)]
     max_new_tokens: Natural
     eos_token_id: Natural | TokenIds
 

@@ -52,6 +52,7 @@ def sample(logits: Tensor, requests: Sequence[Request], generators: Generators) 
         for row, request in enumerate(requests):
             if _changes_logits(request):
                 _change(changed[row], request)
+        finite = [one and other for one, other in zip(finite, changed.amax(-1).isfinite().tolist(), strict=True)]
     chosen = changed.argmax(-1)
     drawn = [row for row, request in enumerate(requests) if request.params.temperature > 0 and finite[row]]
     if drawn:
