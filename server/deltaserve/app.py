@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from deltaserve import __version__
 from deltaserve.api import admin, chat, completions, deltas, errors, health, loras, models, uploads, usage
 from deltaserve.api.deps import Services, needs
+from deltaserve.api.metering import ResidencyMeter
 from deltaserve.api.middleware import OPEN_PATHS, Authenticate, Identify
 from deltaserve.api.openapi import document
 from deltaserve.deltas.artifact import Artifact
@@ -29,6 +30,7 @@ from deltaserve.deltas.limits import Limits
 from deltaserve.deltas.manifest import Manifest
 from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.residency import Residency
+from deltaserve.deltas.sightings import Sightings
 from deltaserve.deltas.store import DeltaStore
 from deltaserve.engine.blocks import BlockPool
 from deltaserve.engine.grammars import Grammars
@@ -57,6 +59,7 @@ MAX_UPLOADS = max((os.cpu_count() or 1) // 4, 1)  # that are written or checked 
 LONGEST_DEFAULT = 8192  # tokens of max_model_len where the settings do not say
 STEP_TOKENS = {"cuda": 1024, "cpu": 256}  # of max_num_batched_tokens where the settings do not say
 SWEEP_S = 60.0
+METER_S = 5.0
 Gauge = tuple[str, str, dict[str, str], float]
 
 
@@ -107,11 +110,17 @@ def build_services(settings: Settings) -> Services:
         on_ready=lambda: parts["engine"].wake(),
         on_loaded=lambda tier, seconds: metrics.delta_load_seconds.labels(metrics.model_name, tier).observe(seconds),
     )
+    sightings = Sightings(residency)
+
+    def forget(digest: DeltaDigest) -> None:
+        residency.discard([digest])
+        sightings.forget(digest)
+
     store = DeltaStore(
         registry,
         LocalFiles(settings.store),
         keep_versions=settings.keep_versions,
-        on_removed=lambda digest: residency.discard([digest]),
+        on_removed=forget,
     )
     text = TextSide(
         base,
@@ -130,6 +139,7 @@ def build_services(settings: Settings) -> Services:
 
     intake = Intake(store, base, [model.check_servable, check_template], settings.max_upload_bytes)
     gate = Gate()
+    store.delete_expired()
     parted = PartStore(registry, accounts, store, intake.accept, gate, expires_s=settings.upload_expires_s)
     runner = Runner(model, residency.slots, settings.block_size)
     blocks = BlockPool(num_blocks, settings.block_size, os.urandom(32) if settings.prefix_caching else None)
@@ -181,6 +191,7 @@ def build_services(settings: Settings) -> Services:
         parts=parted,
         imports=imports,
         residency=residency,
+        sightings=sightings,
         metrics=metrics,
         upload_pool=ThreadPoolExecutor(MAX_UPLOADS, thread_name_prefix="upload"),
     )
@@ -201,10 +212,17 @@ def create_app(services: Services) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
         # Requests wait in threads for a template or a tokenizer; a slow tenant must not take the last one.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MAX_THREADS))
-        sweeping = asyncio.create_task(_sweep(services))
+        meter = ResidencyMeter(services)
+        chores = [
+            asyncio.create_task(_every(SWEEP_S, services.parts.sweep)),
+            asyncio.create_task(_every(SWEEP_S, services.store.delete_expired)),
+            asyncio.create_task(_every(METER_S, meter.read)),
+        ]
         yield
-        sweeping.cancel()
+        for chore in chores:
+            chore.cancel()
         services.engine.stop()
+        meter.read()
         await asyncio.sleep(0)  # the last events are heard, and billed
         close_services(services)
 
@@ -231,7 +249,7 @@ def create_app(services: Services) -> FastAPI:
     document(app, OPEN_PATHS)
 
     app.add_middleware(Authenticate, keys=services.keys)
-    app.add_middleware(Identify, metrics=services.metrics)
+    app.add_middleware(Identify, metrics=services.metrics, patience_s=services.settings.client_timeout_s)
     return app
 
 
@@ -246,14 +264,14 @@ def close_services(services: Services) -> None:
     services.registry.close()
 
 
-async def _sweep(services: Services) -> None:
-    """Expired uploads go although nobody asks for them."""
+async def _every(seconds: float, chore: Callable[[], None]) -> None:
+    """What nobody asks for: expired things go, what lies on the device is billed."""
     while True:
-        await asyncio.sleep(SWEEP_S)
+        await asyncio.sleep(seconds)
         try:
-            await asyncio.to_thread(services.parts.sweep)
+            await asyncio.to_thread(chore)
         except Exception:  # a full disk, perhaps: the next round tries again
-            logger.exception("expired uploads were not removed")
+            logger.exception("a chore failed")
 
 
 def _manifest(store: DeltaStore, digest: DeltaDigest) -> Manifest:

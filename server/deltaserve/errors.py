@@ -16,6 +16,7 @@
     ├── NotFound                            not_found                  404
     │   └── ModelNotFound                   model_not_found            404
     ├── MethodNotAllowed                    method_not_allowed         405
+    ├── RequestTimeout                      request_timeout            408
     ├── NameConflict                        name_conflict              409
     ├── VersionInUse                        version_in_use             409
     ├── StoreInUse                          store_in_use               409
@@ -147,6 +148,12 @@ class MethodNotAllowed(DeltaServeError):
     """The path does not take this method."""
 
     code, http_status = "method_not_allowed", 405
+
+
+class RequestTimeout(DeltaServeError):
+    """The request's body came too slowly, or stopped."""
+
+    code, http_status = "request_timeout", 408
 
 
 class NameConflict(DeltaServeError):

@@ -76,20 +76,23 @@ class Metrics:
                 ("requests", "requests that ended"),
                 ("prompt_tokens", "prompt tokens, as billed"),
                 ("generation_tokens", "tokens generated, as billed"),
+                ("cached_tokens", "of the prompt tokens, those that were found in the prefix cache"),
+                ("resident_seconds", "seconds that the weights were on the device, as billed"),
             )
         ]
         self.http_requests = Counter(
             "http_requests", "HTTP requests", ["handler", "method", "status"], registry=self.registry
         )
 
-    def used(self, tenant: str, model: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """One request that has ended. MAX_DELTA_SERIES pairs have series of their own, the rest one together."""
+    def used(self, tenant: str, model: str, *amounts: float) -> None:
+        """One line of the bill grows: requests, prompt, generated and cached tokens, resident seconds; what is left out
+        is 0. MAX_DELTA_SERIES pairs have series of their own, the rest one together."""
         pair = (tenant, model)
         with self._used_lock:
             if pair not in self._used and len(self._used) >= MAX_DELTA_SERIES:
                 pair = ("other", "other")
             self._used.add(pair)
-        for counter, amount in zip(self._tenant_counters, (1, prompt_tokens, completion_tokens), strict=True):
+        for counter, amount in zip(self._tenant_counters, amounts, strict=False):
             counter.labels(*pair).inc(amount)
 
     def finished(self, reason: str) -> None:

@@ -103,6 +103,9 @@ class Settings(BaseSettings):
     keep_alive_timeout_s: int = Field(
         75, ge=1, description="seconds an idle connection stays open; longer than those of balancers and clients (60)"
     )
+    client_timeout_s: int = Field(
+        30, ge=1, description="seconds that a client may take for its headers, and between two pieces of its body"
+    )
     tool_call_parser: Literal["auto", "hermes", "llama3_json"] = Field(
         "auto", description="how models write tool calls (auto: by their chat template)"
     )

@@ -132,15 +132,20 @@ def test_the_bill_agrees_with_the_replies_and_is_ones_own(guest: Guest, tenants:
     report = guest.http.get("/v1/usage").json()
     base, own = sorted(report["data"], key=lambda line: line["model"] == "m")
     assert (base["model"], base["requests"]) == ("tiny", 1)
+    assert own["resident_s"] >= 0
     assert own == {
+        "resident_s": own["resident_s"],
         "tenant": guest.name,
         "model": "m",
         "day": time.strftime("%Y-%m-%d", time.gmtime()),
         "requests": 4,
         "prompt_tokens": sum(usage["prompt_tokens"] for usage in spent),
         "completion_tokens": sum(usage["completion_tokens"] for usage in spent),
+        "cached_tokens": sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in spent),
     }
-    assert guest.town.admin("GET", f"usage?tenant={guest.name}")["data"] == report["data"]
+    assert guest.town.admin("GET", f"usage?tenant={guest.name}&since=9999-01-01")["data"] == []
+    told = guest.town.admin("GET", f"usage?tenant={guest.name}")["data"]
+    assert [{**line, "resident_s": 0} for line in told] == [{**line, "resident_s": 0} for line in report["data"]]
     guest.town["acme"].post("/v1/completions", json=BODY).raise_for_status()
     assert {line["tenant"] for line in guest.town.admin("GET", "usage")["data"]} >= {guest.name, "acme"}
     assert {line["tenant"] for line in guest.http.get("/v1/usage").json()["data"]} == {guest.name}
@@ -148,6 +153,37 @@ def test_the_bill_agrees_with_the_replies_and_is_ones_own(guest: Guest, tenants:
     assert guest.http.get("/v1/usage?since=yesterday").status_code == 400
     counted = guest.town.server.metric("deltaserve:tenant_generation_tokens_total", tenant=guest.name, model="m")
     assert counted >= own["completion_tokens"]
+
+
+def test_each_model_of_a_mixture_is_a_sequence_and_on_the_bill(
+    guest: Guest, tenants: dict[str, Any], error_of: ErrorOf
+) -> None:
+    guest.put("m", tenants["sign"].artifact)
+    guest.put("other", tenants["lowrank"].artifact)
+    mixed: Any = {"model": "m", "mixture": [{"model": name, "weight": 1} for name in ("m", "other", "tiny")]}
+    usage = guest.ask(**mixed).json()["usage"]
+    lines = {line["model"]: line for line in guest.http.get("/v1/usage").json()["data"]}
+    assert {model: line["requests"] for model, line in lines.items()} == {"m": 1, "other": 0, "tiny": 0}
+    for line in lines.values():
+        assert [line[what] for what in ("prompt_tokens", "completion_tokens")] == [
+            usage["prompt_tokens"],
+            usage["completion_tokens"],
+        ]
+    guest.limit(max_concurrent=2)
+    assert "3 sequences" in error_of(guest.ask(**mixed), 400, "invalid_request")["message"]
+
+
+def test_seconds_on_the_device_are_billed_to_who_asked(guest: Guest, tenants: dict[str, Any], process: Any) -> None:
+    guest.put("m", tenants["sparse"].artifact)  # globex has the same file
+    guest.put("idle", tenants["chatty"].artifact)
+    assert guest.ask(model="m").is_success
+
+    def resident() -> dict[str, float]:
+        return {line["model"]: line["resident_s"] for line in guest.http.get("/v1/usage").json()["data"]}
+
+    assert process.wait_until(lambda: resident()["m"], "the next reading") < 60
+    assert "idle" not in resident()
+    assert guest.town.server.metric("deltaserve:tenant_resident_seconds_total", tenant=guest.name, model="m") > 0
 
 
 @pytest.mark.parametrize("limits", [{"requests_per_minute": 0}, {"max_bytes": -1}, {"max_tokens": 1.5}, {"max": 1}])

@@ -76,7 +76,7 @@ def test_the_series_of_tenants_are_bounded() -> None:
     metrics = Metrics("tiny")
     for number in range(MAX_DELTA_SERIES + 50):
         for _ in range(2):
-            metrics.used(f"tenant-{number}", "m", 3, 4)
+            metrics.used(f"tenant-{number}", "m", 1, 3, 4)
     lines = [
         line for line in metrics.render().decode().splitlines() if line.startswith("deltaserve:tenant_requests_total")
     ]

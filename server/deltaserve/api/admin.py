@@ -10,6 +10,7 @@ from pydantic import Field
 
 from deltaserve.api.deps import CallerDep, Services, ServicesDep
 from deltaserve.api.openapi import raises
+from deltaserve.api.paging import After, Limit, page
 from deltaserve.api.schemas import Text, Wire, example
 from deltaserve.api.usage import Day, usage_report
 from deltaserve.errors import InvalidName, NameConflict, NotFound, StorageFull
@@ -99,11 +100,12 @@ async def create_tenant(body: TenantIn, services: ServicesDep, caller: CallerDep
 
 
 @router.get("/tenants")
-async def list_tenants(services: ServicesDep) -> dict[str, Any]:
-    def cards() -> list[dict[str, Any]]:
-        return [_tenant(services, tenant) for tenant in services.accounts.all()]
+async def list_tenants(services: ServicesDep, after: After = None, limit: Limit = None) -> dict[str, Any]:
+    def listed() -> dict[str, Any]:
+        tenants = services.accounts.all()
+        return page(tenants, lambda tenant: tenant.name, lambda tenant: _tenant(services, tenant), after, limit)
 
-    return {"object": "list", "data": await asyncio.to_thread(cards)}
+    return await asyncio.to_thread(listed)
 
 
 @router.get("/tenants/{name}", openapi_extra=raises(NotFound))
@@ -148,9 +150,11 @@ async def create_key(body: KeyIn, services: ServicesDep, caller: CallerDep) -> d
 
 
 @router.get("/keys", openapi_extra=raises(NotFound))
-async def list_keys(services: ServicesDep, tenant: str | None = None) -> dict[str, Any]:
+async def list_keys(
+    services: ServicesDep, tenant: str | None = None, after: After = None, limit: Limit = None
+) -> dict[str, Any]:
     owner = services.accounts.named(tenant) if tenant is not None else None
-    return {"object": "list", "data": [_key(key) for key in services.keys.all(owner)]}
+    return page(services.keys.all(owner), lambda key: key.id, _key, after, limit)
 
 
 @router.post("/keys/{key_id}/rotate", status_code=201, openapi_extra=raises(NotFound, StorageFull))

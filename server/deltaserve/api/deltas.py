@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from pydantic import Field
 
 from deltaserve.api.deps import CallerDep, Services, ServicesDep
 from deltaserve.api.openapi import REFUSALS, raises
+from deltaserve.api.paging import After, Limit, page
 from deltaserve.api.schemas import Text, Wire, example
 from deltaserve.deltas.parts import PIECE_BYTES
 from deltaserve.deltas.store import Destination, Stored
@@ -36,6 +38,7 @@ A_FILE = {"requestBody": {"required": True, "content": {
     "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
 }}}  # fmt: skip
 Sha256 = Annotated[str | None, Query(pattern="^[0-9a-fA-F]{64}$")]
+LONGEST_LIFE_S = 10 * 365 * 86400
 Number = Annotated[int, Field(ge=1, lt=2**31)]
 
 
@@ -45,13 +48,14 @@ class CanaryIn(Wire):
 
 
 class ChangeIn(Wire):
-    """What is left out stays; canary null ends it."""
+    """What is left out stays; canary null ends it, expires_in_s null lets the model live for ever."""
 
     model_config = example(version=3, canary={"version": 4, "percent": 5})
 
     version: Number | None = None
     canary: CanaryIn | None = None
     pinned: bool | None = None
+    expires_in_s: Annotated[int, Field(ge=1, le=LONGEST_LIFE_S)] | None = None
     shared_with: Annotated[list[Text], Field(max_length=1000)] | None = None
 
 
@@ -73,13 +77,17 @@ def _card(services: Services, caller: Caller, model: Model, version: Version) ->
         "sha256": version.digest,
         "created": version.created,
         **version.summary,
-        "resident_bytes": services.residency.resident_bytes(version.digest) or version.summary["resident_bytes"],
-        "state": services.residency.state(version.digest),
+        "state": "disk",
     }
+    is_own = model.pinned or services.sightings.may_know(version.digest, caller.tenant.id)
+    if caller.is_admin or is_own:  # of a file that others have too, their use shows nowhere
+        resident = services.residency.resident_bytes(version.digest) or version.summary["resident_bytes"]
+        card |= {"resident_bytes": resident, "state": services.residency.state(version.digest)}
     if model.is_changed_by(caller):
         canary = vars(model.canary) if model.canary else None
         shared_with = list(model.shared_with)
-        card |= {"active": model.active.number, "canary": canary, "pinned": model.pinned, "shared_with": shared_with}
+        card |= {"active": model.active.number, "canary": canary, "pinned": model.pinned, "expires_at": model.expires}
+        card["shared_with"] = shared_with
     return card
 
 
@@ -161,9 +169,17 @@ async def upload_delta(
 
 
 @router.get("/v1/deltas")
-async def list_deltas(services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
-    models = await asyncio.to_thread(services.store.models.visible, caller)
-    return {"object": "list", "data": [_card(services, caller, model, model.active) for model in models]}
+async def list_deltas(
+    services: ServicesDep, caller: CallerDep, after: After = None, limit: Limit = None
+) -> dict[str, Any]:
+    def listed() -> dict[str, Any]:
+        def card(model: Model) -> dict[str, Any]:
+            return _card(services, caller, model, model.active)
+
+        models = services.store.models.visible(caller)
+        return page(models, lambda model: model.called_by(caller), card, after, limit)
+
+    return await asyncio.to_thread(listed)
 
 
 @router.get("/v1/deltas/{name}/versions", openapi_extra=raises(ModelNotFound))
@@ -181,7 +197,9 @@ async def list_versions(name: str, services: ServicesDep, caller: CallerDep) -> 
 async def prewarm(name: str, services: ServicesDep, caller: CallerDep) -> JSONResponse:
     """Begins to bring it to the device, so that the first request need not wait; `state` says when it is there."""
     model, version = await asyncio.to_thread(services.store.models.find, caller, name)
-    services.residency.prewarm((version or model.active).digest)
+    digest = (version or model.active).digest
+    services.sightings.ask(digest, caller.tenant.id, model.tenant_id)
+    services.residency.prewarm(digest)
     return _reply(_card(services, caller, model, version or model.active), model, 202)
 
 
@@ -204,11 +222,14 @@ async def change_delta(
         model, _ = services.store.models.owned(caller, name)
         if canary is None and "canary" in body.model_fields_set:
             canary = Canary(model.active.number, 0)
+        expires = None
+        if "expires_in_s" in body.model_fields_set:
+            expires = int(time.time()) + body.expires_in_s if body.expires_in_s else 0
         others = None if body.shared_with is None else [services.accounts.named(other) for other in body.shared_with]
         if body.pinned and not model.pinned:
             services.pin(model.active.digest)  # raises where there is no room, before anything is changed
         try:
-            return services.store.change(caller, name, Change(body.version, canary, body.pinned, others), when)
+            return services.store.change(caller, name, Change(body.version, canary, body.pinned, expires, others), when)
         finally:
             services.keep_pinned()
 

@@ -16,6 +16,7 @@ from deltaserve.deltas.imports import ImportRoot
 from deltaserve.deltas.intake import Intake
 from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.residency import Residency
+from deltaserve.deltas.sightings import Sightings
 from deltaserve.deltas.store import DeltaStore
 from deltaserve.engine.grammars import Grammars
 from deltaserve.engine.loop import Engine
@@ -56,6 +57,7 @@ class Services:
     parts: PartStore
     imports: ImportRoot
     residency: Residency
+    sightings: Sightings
     metrics: Metrics
     upload_pool: ThreadPoolExecutor
     draining: bool = field(default=False)

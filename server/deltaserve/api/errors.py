@@ -43,6 +43,8 @@ def error_body(error: DeltaServeError) -> dict[str, Any]:
 
 def error_response(error: DeltaServeError) -> JSONResponse:
     headers = {"x-should-retry": "false"} if error.http_status in (409, 500) else {}
+    if error.http_status == 408:
+        headers["Connection"] = "close"  # the rest of the body is not waited for
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
     return JSONResponse(error_body(error), error.http_status, headers)

@@ -41,7 +41,8 @@ class Generation:
         self._services = services
         self._body = body
         self._meter = Meter(services, http)
-        self._billed_as = services.base_id
+        self._billed: dict[str, str] = {}  # name in the request → name on the bill
+        self._models: Sequence[str] = ()  # of the request's names, those whose tokens are computed
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._leased: list[DeltaDigest] = []
@@ -75,7 +76,7 @@ class Generation:
         except asyncio.CancelledError:
             preparing.add_done_callback(self._drop)  # its lease may come after we are gone
             raise
-        self._meter.begin(len(requests), sum(map(len, self.prompts)))
+        self._meter.begin(len(requests), sum(map(len, self.prompts)), len(self._models))
         try:
             self._services.engine.submit(requests)
         except DeltaServeError:
@@ -116,9 +117,11 @@ class Generation:
         self._events.put_nowait((index, event))
         self._meter.spend(len(event.token_ids))
         if event.finish_reason is not None:
+            self._cached[index] = event.num_cached
             self._unfinished -= 1
             if not self._unfinished:
-                self._meter.end(self._billed_as)
+                models = [self._billed[name] for name in self._models]
+                self._meter.end(self._billed[self._body.model], models, self._cached_tokens)
             self._release_if_done()
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
@@ -139,20 +142,22 @@ class Generation:
         """A prompt counts once, and as cached what none of its choices computed."""
         prompt = sum(map(len, self.prompts))
         done = self.completion_tokens
-        choices = [range(i * self.n, (i + 1) * self.n) for i in range(len(self.prompts))]
-        cached = sum(min(self._cached.get(index, 0) for index in own) for own in choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": done,
             "total_tokens": prompt + done,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
         }
+
+    @property
+    def _cached_tokens(self) -> int:
+        choices = [range(i * self.n, (i + 1) * self.n) for i in range(len(self.prompts))]
+        return sum(min(self._cached.get(index, 0) for index in own) for own in choices)
 
     async def _next(self) -> tuple[int, Event]:
         index, event = await self._events.get()
         self.completion_tokens += len(event.token_ids)
         if event.finish_reason is not None:
-            self._cached[index] = event.num_cached
             self._live.pop(index, None)
         if event.error is not None:
             raise event.error
@@ -167,6 +172,7 @@ class Generation:
         """Off the event loop: disk, templates, tokenizers."""
         services = self._services
         names, mixture = read_mixture(self._body)
+        self._models = names
         self.profile = services.text.profile(self._lease(self._body.model))
         self._digests = [self._lease(name) for name in names]
         eos_ids = self.profile.eos_ids
@@ -209,14 +215,15 @@ class Generation:
         """The digest behind a model's name, leased, the same for the whole request; None = the base. Raises
         ModelNotFound."""
         if name == self._services.base_id:
+            self._billed[name] = name
             return None
         if name not in self._named:
             caller = self._meter.caller
             model, version = self._services.store.lease(caller, name, self._body.user or self.id)
             self._leased.append(version.digest)
+            self._services.sightings.ask(version.digest, caller.tenant.id, model.tenant_id)
             self._named[name] = version.digest
-            if name == self._body.model:
-                self._billed_as = model.called_by(caller)
+            self._billed[name] = model.called_by(caller)
         return self._named[name]
 
     def _check_ids(self, ids: Sequence[int]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fastapi import Request as HttpRequest
@@ -10,6 +12,7 @@ from deltaserve.api.deps import Services
 from deltaserve.engine.types import SamplingParams
 from deltaserve.errors import BadRequest
 from deltaserve.tenants.accounts import Caller
+from deltaserve.tenants.usage import AMOUNTS
 
 
 class Meter:
@@ -22,6 +25,7 @@ class Meter:
         self._reply_headers: dict[str, str] = http.state.reply_headers
         self._prompt_tokens = 0
         self._completion_tokens = 0
+        self._num_models = 1
 
     def enter(self) -> None:
         """Raises RateLimited."""
@@ -37,10 +41,10 @@ class Meter:
             raise BadRequest(f"this tenant may ask for {most} tokens an answer", param="max_tokens")
         return replace(params, max_tokens=most)
 
-    def begin(self, num_sequences: int, prompt_tokens: int) -> None:
-        """Raises RateLimited, BadRequest."""
-        self._ticket.begin(num_sequences, prompt_tokens)
-        self._prompt_tokens = prompt_tokens
+    def begin(self, num_sequences: int, prompt_tokens: int, num_models: int) -> None:
+        """Each of `num_models` of a mixture computes every token. Raises RateLimited, BadRequest."""
+        self._ticket.begin(num_sequences * num_models, prompt_tokens * num_models)
+        self._prompt_tokens, self._num_models = prompt_tokens, num_models
 
     def undo(self) -> None:
         """It was refused after `begin`: nothing is charged but the request."""
@@ -48,10 +52,36 @@ class Meter:
 
     def spend(self, tokens: int) -> None:
         self._completion_tokens += tokens
-        self._ticket.spend(tokens)
+        self._ticket.spend(tokens * self._num_models)
 
-    def end(self, model: str) -> None:
+    def end(self, asked: str, models: Sequence[str], cached_tokens: int) -> None:
+        """One request for `asked`, computed by `models`."""
         self._ticket.end()
-        used = (self.caller.tenant.name, model, self._prompt_tokens, self._completion_tokens)
-        self._services.usage.record(self.caller.tenant, *used[1:])
-        self._services.metrics.used(*used)
+        tenant = self.caller.tenant
+        bill(self._services, tenant.id, tenant.name, asked, 1)
+        tokens = (self._prompt_tokens, self._completion_tokens, cached_tokens)
+        for model in models:
+            bill(self._services, tenant.id, tenant.name, model, 0, *tokens)
+
+
+def bill(services: Services, tenant_id: int, tenant: str, model: str, *amounts: float) -> None:
+    """`amounts`: as many of tenants.usage.AMOUNTS, in their order; the bill and the metrics say the same."""
+    services.usage.add(tenant_id, tenant, model, **dict(zip(AMOUNTS, amounts, strict=False)))
+    services.metrics.used(tenant, model, *amounts)
+
+
+class ResidencyMeter:
+    """Time on the device. `read` it every now and then: what is there has been there since the last reading."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._read_at = time.monotonic()
+
+    def read(self) -> None:
+        now = time.monotonic()
+        seconds, self._read_at = now - self._read_at, now
+        services = self._services
+        for digest in services.residency.on_device():
+            for model in services.store.models.with_digest(digest):
+                if model.pinned or services.sightings.may_know(digest, model.tenant_id):
+                    bill(services, model.tenant_id, model.owner, model.name, 0, 0, 0, 0, seconds)

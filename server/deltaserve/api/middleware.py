@@ -1,10 +1,11 @@
-"""Around every request: a key where one is asked for, an id on the reply, a count in the metrics, a bound on the body.
+"""Around every request: a key where one is asked for, an id on the reply, a count in the metrics, bounds on the body.
 
 Plain ASGI: streams and disconnects pass.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from typing import TYPE_CHECKING
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import Headers, MutableHeaders
 
 from deltaserve.api.errors import error_response, unexpected
-from deltaserve.errors import AuthenticationFailed, BadRequest
+from deltaserve.errors import AuthenticationFailed, BadRequest, RequestTimeout
 from deltaserve.metrics import Metrics
 from deltaserve.tenants.keys import Keys
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+LEAST_BYTES_PER_S = 1024  # of a body, once the client was waited for as long as it may pause
 MAX_BODY_BYTES = 32 * 2**20  # of every request whose handler sets no other `max_body_bytes` in its state
 OPEN_PATHS = frozenset({"/health"})
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -27,9 +29,10 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 class Identify:
     """x-request-id: the caller's own where it is sane, else a new one."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, patience_s: float) -> None:
         self._app = app
         self._metrics = metrics
+        self._patience_s = patience_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,12 +44,23 @@ class Identify:
         request_id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else uuid.uuid4().hex
         method = scope["method"] if scope["method"] in METHODS else "other"  # a label's values must be few
         began, started = time.monotonic(), False
-        num_bytes = 0
+        num_bytes, waited_s, is_whole = 0, 0.0, False
 
         async def bounded() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+            nonlocal num_bytes, waited_s, is_whole
+            if is_whole:  # what comes now is the end of the connection
+                return await receive()
+            asked = time.monotonic()
+            try:
+                async with asyncio.timeout(self._patience_s):
+                    message = await receive()
+            except TimeoutError:
+                raise RequestTimeout(f"nothing of the body came for {self._patience_s} s") from None
+            waited_s += time.monotonic() - asked
+            is_whole = not message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
+            if waited_s > self._patience_s and num_bytes < waited_s * LEAST_BYTES_PER_S and not is_whole:
+                raise RequestTimeout(f"the body came at less than {LEAST_BYTES_PER_S} bytes a second")
             if num_bytes > state["max_body_bytes"]:
                 raise BadRequest(f"the body is over {state['max_body_bytes']} bytes")
             return message

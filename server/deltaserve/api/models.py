@@ -9,6 +9,7 @@ from fastapi import APIRouter
 
 from deltaserve.api.deps import CallerDep, Services, ServicesDep
 from deltaserve.api.openapi import raises
+from deltaserve.api.paging import After, Limit, page
 from deltaserve.errors import ModelNotFound, NameConflict, StorageFull, VersionInUse
 from deltaserve.tenants.accounts import Caller
 from deltaserve.tenants.models import Model
@@ -38,12 +39,21 @@ def _card(services: Services, name: str, created: int, owner: str, parent: str |
 
 
 @router.get("/v1/models")
-async def list_models(services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
-    models = await asyncio.to_thread(services.store.models.visible, caller)
-    return {
-        "object": "list",
-        "data": [_base_card(services), *(_model_card(services, model, caller) for model in models)],
-    }
+async def list_models(
+    services: ServicesDep, caller: CallerDep, after: After = None, limit: Limit = None
+) -> dict[str, Any]:
+    """The base, then one's own by name, then what is shared with one."""
+
+    def listed() -> dict[str, Any]:
+        def card(model: Model | None) -> dict[str, Any]:
+            return _model_card(services, model, caller) if model else _base_card(services)
+
+        def called(model: Model | None) -> str:
+            return model.called_by(caller) if model else services.base_id
+
+        return page([None, *services.store.models.visible(caller)], called, card, after, limit)
+
+    return await asyncio.to_thread(listed)
 
 
 @router.get("/v1/models/{model:path}", openapi_extra=raises(ModelNotFound))

@@ -35,6 +35,7 @@ from deltaserve.errors import (
     QueueFull,
     QuotaExceeded,
     RateLimited,
+    RequestTimeout,
     StorageFull,
     TemplateError,
     UnsupportedParameter,
@@ -91,6 +92,8 @@ def document(app: FastAPI, open_paths: Iterable[str]) -> None:
                     _add(own, _responses((AuthenticationFailed, PermissionDenied, DeltaServeError)))
                 if operation.get("parameters") or "requestBody" in operation:
                     _add(own, _responses((BadRequest,)))
+                if "requestBody" in operation:
+                    _add(own, _responses((RequestTimeout,)))
                 if "application/json" in operation.get("requestBody", {}).get("content", {}):
                     _add(own, _responses((InvalidJson, UnsupportedParameter)))
                 operation["responses"] = dict(sorted(own.items()))

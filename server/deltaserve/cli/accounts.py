@@ -133,7 +133,11 @@ def revoke_key(args: argparse.Namespace) -> None:
 def usage(args: argparse.Namespace) -> None:
     params = {"since": args.since} | ({"tenant": args.tenant} if args.tenant is not None else {})
     lines = _ask(args, "GET", "usage", params=params)["data"]
-    _show(args, lines, ("day", "tenant", "model", "requests", "prompt_tokens", "completion_tokens"))
+    _show(
+        args,
+        lines,
+        ("day", "tenant", "model", "requests", "prompt_tokens", "cached_tokens", "completion_tokens", "resident_s"),
+    )
 
 
 @reports_errors

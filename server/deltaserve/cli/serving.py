@@ -92,6 +92,8 @@ def _close_when_idle(server: uvicorn.Server, services: Services, settings: Setti
 def _server(app: Any, settings: Settings) -> uvicorn.Server:
     import uvicorn
 
+    from deltaserve.api.protocol import impatient
+
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -101,6 +103,8 @@ def _server(app: Any, settings: Settings) -> uvicorn.Server:
         server_header=False,
         timeout_graceful_shutdown=settings.shutdown_timeout_s,
         timeout_keep_alive=settings.keep_alive_timeout_s,
+        http=impatient(settings.client_timeout_s),
+        ws="none",
         h11_max_incomplete_event_size=64 * 1024,
     )
     return uvicorn.Server(config)

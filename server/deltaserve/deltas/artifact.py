@@ -75,19 +75,20 @@ class Artifact:
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: Path) -> Artifact:
-        """Raises ArtifactCorrupt for a broken file, ArtifactError for a file of another kind or format version."""
-        file = TensorFile.open(path)
+    def open(cls, path: Path, *, called: str | None = None) -> Artifact:
+        """`called`: its name in errors, if not that of `path`. Raises ArtifactCorrupt for a broken file, ArtifactError
+        for a file of another kind or format version."""
+        file = TensorFile.open(path, called=called)
         raw = file.metadata.get(METADATA_KEY)
         if raw is None:
-            raise ArtifactError(f"{path.name}: a safetensors file, but no delta: it has no {METADATA_KEY!r} manifest")
+            raise ArtifactError(f"{file.name}: a safetensors file, but no delta: it has no {METADATA_KEY!r} manifest")
         try:
-            return cls(file, Manifest.model_validate_json(_inflated(path.name, raw)))
+            return cls(file, Manifest.model_validate_json(_inflated(file.name, raw)))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) if str(part).isprintable() else ascii(part) for part in first["loc"])[:200]
             raise ArtifactError(
-                f"{path.name}: manifest: {where or 'the whole'}: {first['msg']} ({error.error_count()} errors)"
+                f"{file.name}: manifest: {where or 'the whole'}: {first['msg']} ({error.error_count()} errors)"
             ) from None
 
     @cached_property
@@ -98,7 +99,7 @@ class Artifact:
         whole = self.file.entries.get(PACKED)
         layout = self.manifest.layout()
         if whole is None or len(self.file.entries) > 1 or whole.dtype != torch.uint8 or len(whole.shape) != 1:
-            raise ArtifactError(f"{self.file.path.name}: a packed artifact is one tensor, {PACKED}, of bytes")
+            raise ArtifactError(f"{self.file.name}: a packed artifact is one tensor, {PACKED}, of bytes")
         named, start = {}, whole.start
         for name in packed_order({name: types[0] for name, (_, types) in layout.items()}):
             shape, types = layout[name]
@@ -107,7 +108,7 @@ class Artifact:
             start = stop
         if start != whole.stop:
             raise ArtifactError(
-                f"{self.file.path.name}: {whole.nbytes} packed bytes, its manifest describes {start - whole.start}"
+                f"{self.file.name}: {whole.nbytes} packed bytes, its manifest describes {start - whole.start}"
             )
         return named
 

@@ -36,7 +36,7 @@ class Intake:
         """A whole upload becomes a version; `also` is written with it. Raises whatever is wrong with it; then nothing
         is kept."""
         digest = upload.finish(expected_sha256)
-        artifact = Artifact.open(upload.path)
+        artifact = Artifact.open(upload.path, called=f"{to.name}.safetensors")
         self.check(artifact)
         return self._store.commit(to, upload, digest, summary(artifact), also)
 

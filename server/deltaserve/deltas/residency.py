@@ -171,6 +171,10 @@ class Residency:
                 return "device"
             return "host" if digest in self._host_tier else "disk"
 
+    def on_device(self) -> list[DeltaDigest]:
+        with self._lock:
+            return list(self._slot_of)
+
     def tier_bytes(self) -> dict[str, int]:
         """Bytes of the deltas in each tier, from their tensors. On the CPU both tiers are the same memory."""
         with self._lock:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +26,8 @@ from deltaserve.ids import DeltaDigest
 from deltaserve.tenants.accounts import Caller, Tenant
 from deltaserve.tenants.models import ALWAYS, Change, Condition, Model, Models, Version, check_name
 from deltaserve.tenants.registry import Registry, disk_full_is_an_answer
+
+EXPIRY = "server/expiry"  # who deletes, in the log
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,8 @@ class DeltaStore:
                 told["canary"] = vars(change.canary)
             if change.pinned is not None:
                 told["pinned"] = change.pinned
+            if change.expires is not None:
+                told["expires"] = change.expires or None
             if change.shared_with is not None:
                 told["shared_with"] = list(after.shared_with)
             target = f"{after.owner}:{after.name}"
@@ -223,6 +228,16 @@ class DeltaStore:
         """`delete` of every model of a tenant, or of none."""
         with self._registry.write():
             gone = self._forget(self.models.of(tenant.id), by)
+        for digest in gone:
+            self._remove_if_unused(digest)
+
+    def delete_expired(self) -> None:
+        """What was to live until now; running requests finish. Raises StorageFull."""
+        now = time.time()
+        if not self.models.expired(now):
+            return
+        with self._registry.write():
+            gone = self._forget(self.models.expired(now), EXPIRY)
         for digest in gone:
             self._remove_if_unused(digest)
 

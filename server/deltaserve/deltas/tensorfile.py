@@ -84,31 +84,33 @@ class TensorFile:
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
     num_bytes: int
+    name: str  # in errors
 
     @classmethod
-    def open(cls, path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> TensorFile:
-        """Raises ArtifactCorrupt, naming the rule that is broken."""
+    def open(cls, path: Path, *, called: str | None = None, max_header_bytes: int = MAX_HEADER_BYTES) -> TensorFile:
+        """`called`: its name in errors, if not that of `path`. Raises ArtifactCorrupt with the rule that is broken."""
+        file_name = called or path.name
         num_bytes = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little") if num_bytes >= 8 else -1
             if not 2 <= length <= max_header_bytes or length > num_bytes - 8:
                 raise ArtifactCorrupt(
-                    f"{path.name}: not a safetensors file, or cut off in its header ({num_bytes} bytes, header length "
+                    f"{file_name}: not a safetensors file, or cut off in its header ({num_bytes} bytes, header length "
                     f"{length}, allowed 2 … {max_header_bytes})"
                 )
-            header = _parse_header(path.name, file.read(length))
+            header = _parse_header(file_name, file.read(length))
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ArtifactCorrupt(f"{path.name}: __metadata__ is not a map of strings")
-        entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
+            raise ArtifactCorrupt(f"{file_name}: __metadata__ is not a map of strings")
+        entries = {name: _entry(path, f"{file_name}: {name}", fields, 8 + length) for name, fields in header.items()}
         end = 8 + length
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
             if entry.start != end:
-                raise ArtifactCorrupt(f"{path.name}: {name} starts at byte {entry.start}, the one before ends at {end}")
+                raise ArtifactCorrupt(f"{file_name}: {name} starts at byte {entry.start}, the one before ends at {end}")
             end = entry.stop
         if end != num_bytes:
-            raise ArtifactCorrupt(f"{path.name}: {num_bytes} bytes, its header describes {end}: cut off or padded")
-        return cls(path, entries, metadata, num_bytes)
+            raise ArtifactCorrupt(f"{file_name}: {num_bytes} bytes, its header describes {end}: cut off or padded")
+        return cls(path, entries, metadata, num_bytes, file_name)
 
 
 def _parse_header(name: str, raw: bytes) -> dict[str, Any]:
@@ -132,23 +134,21 @@ def _parse_header(name: str, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(path: Path, name: str, fields: object, data_start: int) -> Entry:
+def _entry(path: Path, where: str, fields: object, data_start: int) -> Entry:
     def natural(value: object) -> bool:
         return type(value) is int and 0 <= value < 2**48
 
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        raise ArtifactCorrupt(f"{path.name}: {name}: needs exactly dtype, shape and data_offsets")
+        raise ArtifactCorrupt(f"{where}: needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ArtifactCorrupt(f"{path.name}: {name}: dtype {reprlib.repr(dtype)} is not one of {', '.join(DTYPES)}")
+        raise ArtifactCorrupt(f"{where}: dtype {reprlib.repr(dtype)} is not one of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(natural(size) for size in shape):
-        raise ArtifactCorrupt(
-            f"{path.name}: {name}: shape {reprlib.repr(shape)} is not up to {MAX_DIMENSIONS} natural numbers"
-        )
+        raise ArtifactCorrupt(f"{where}: shape {reprlib.repr(shape)} is not up to {MAX_DIMENSIONS} natural numbers")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(natural(offset) for offset in offsets):
-        raise ArtifactCorrupt(f"{path.name}: {name}: data_offsets {reprlib.repr(offsets)} are not two natural numbers")
+        raise ArtifactCorrupt(f"{where}: data_offsets {reprlib.repr(offsets)} are not two natural numbers")
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise ArtifactCorrupt(f"{path.name}: {name}: {dtype} {shape} does not take {offsets[1] - offsets[0]} bytes")
+        raise ArtifactCorrupt(f"{where}: {dtype} {shape} does not take {offsets[1] - offsets[0]} bytes")
     return Entry(path, DTYPES[dtype], tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 

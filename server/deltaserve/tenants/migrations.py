@@ -79,7 +79,12 @@ UPLOADS = (
     ) STRICT""",
 )
 PLACES = ("ALTER TABLE upload_parts ADD COLUMN place INTEGER NOT NULL DEFAULT 0",)
-STEPS = (FIRST, TENANTS, USAGE, UPLOADS, PLACES)
+BILLS = (
+    "ALTER TABLE usage ADD COLUMN cached_tokens INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE usage ADD COLUMN resident_s REAL NOT NULL DEFAULT 0",
+    "ALTER TABLE models ADD COLUMN expires INTEGER",
+)
+STEPS = (FIRST, TENANTS, USAGE, UPLOADS, PLACES, BILLS)
 
 
 def missing(taken: int) -> Iterator[tuple[int, tuple[str, ...]]]:

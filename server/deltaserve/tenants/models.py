@@ -65,6 +65,7 @@ class Model:
     pinned: bool
     revision: int
     created: int
+    expires: int | None  # unix seconds; then it is deleted
     shared_with: tuple[str, ...]
 
     @property
@@ -86,11 +87,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of a model; None = as it is. `canary` with 0 percent: none."""
+    """What becomes of a model; None = as it is. `canary` with 0 percent: none. `expires` 0: never."""
 
     version: int | None = None
     canary: Canary | None = None
     pinned: bool | None = None
+    expires: int | None = None
     shared_with: Sequence[Tenant] | None = None
 
 
@@ -147,12 +149,13 @@ def check_name(name: str) -> None:
 
 
 SELECT = """
-SELECT m.id, m.tenant, t.name, m.name, m.canary, m.canary_percent, m.pinned, m.revision, m.created,
+SELECT m.id, m.tenant, t.name, m.name, m.canary, m.canary_percent, m.pinned, m.revision, m.created, m.expires,
        (SELECT group_concat(o.name, ',') FROM shares s JOIN tenants o ON o.id = s.tenant WHERE s.model = m.id),
        v.version, v.digest, v.created, v.summary
 FROM models m JOIN tenants t ON t.id = m.tenant JOIN versions v ON v.model = m.id AND v.version = m.active
 """
 IS_SEEN = "(m.tenant = ? OR EXISTS (SELECT 1 FROM shares s WHERE s.model = m.id AND s.tenant = ?))"  # one by name
+BY_DIGEST = "SELECT model FROM versions WHERE digest = ?"
 ALL_SEEN = "m.id IN (SELECT id FROM models WHERE tenant = ? UNION SELECT model FROM shares WHERE tenant = ?)"
 
 
@@ -176,6 +179,13 @@ class Models:
     def every(self, limit: int) -> list[Model]:
         """Of all tenants, the oldest names first."""
         return [_model(row) for row in self._registry.rows(f"{SELECT} ORDER BY m.id LIMIT ?", limit)]
+
+    def with_digest(self, digest: DeltaDigest) -> list[Model]:
+        """Those of whose versions one is this file."""
+        return [_model(row) for row in self._registry.rows(f"{SELECT} WHERE m.id IN ({BY_DIGEST})", digest)]
+
+    def expired(self, now: float) -> list[Model]:
+        return [_model(row) for row in self._registry.rows(f"{SELECT} WHERE m.expires <= ?", int(now))]
 
     def own(self, tenant_id: int, name: str) -> Model | None:
         rows = self._registry.rows(f"{SELECT} WHERE m.tenant = ? AND m.name = ?", tenant_id, name)
@@ -272,6 +282,8 @@ class Models:
                 )
             if change.pinned is not None:
                 db.execute("UPDATE models SET pinned = ? WHERE id = ?", (int(change.pinned), model.id))
+            if change.expires is not None:
+                db.execute("UPDATE models SET expires = ? WHERE id = ?", (change.expires or None, model.id))
             if change.shared_with is not None:
                 db.execute("DELETE FROM shares WHERE model = ?", (model.id,))
                 for other in {tenant.id for tenant in change.shared_with} - {model.tenant_id}:
@@ -348,7 +360,7 @@ def _version(row: Row) -> Version:
 
 
 def _model(row: Row) -> Model:
-    model, tenant, owner, name, canary, percent, pinned, revision, created, shared, *version = row
+    model, tenant, owner, name, canary, percent, pinned, revision, created, expires, shared, *version = row
     return Model(
         id=model,
         tenant_id=tenant,
@@ -359,5 +371,6 @@ def _model(row: Row) -> Model:
         pinned=bool(pinned),
         revision=revision,
         created=created,
+        expires=expires,
         shared_with=tuple(sorted(shared.split(","))) if shared else (),
     )

@@ -1,4 +1,4 @@
-"""What tenants used: requests and tokens by tenant, model and day (UTC), to bill from.
+"""What tenants used: requests, tokens and time on the device by tenant, model and day (UTC), to bill from.
 
 Counted in memory as requests end, and written once a second: a crash loses the last second at most. A deleted tenant's
 figures stay.
@@ -24,14 +24,24 @@ Kind = tuple[int, str, str, str]  # tenant's id and name, model, day
 
 @dataclass(frozen=True)
 class Used:
-    """One line of the bill. `prompt_tokens`, `completion_tokens` as in the replies' `usage`."""
+    """One line of the bill. Tokens as in the replies' `usage`; each model of a mixture computes them all. `resident_s`:
+    seconds that the model's weights were on the device, for the tenants that had asked for them."""
 
     tenant: str
     model: str
     day: str
-    requests: int
-    prompt_tokens: int
-    completion_tokens: int
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt tokens, those that were found and not computed
+    resident_s: float = 0
+
+
+AMOUNTS = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens", "resident_s")
+ADDED = ", ".join(f"{what} = usage.{what} + excluded.{what}" for what in AMOUNTS)
+UPSERT = f"""INSERT INTO usage (tenant, tenant_name, model, day, {", ".join(AMOUNTS)})
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (tenant, model, day) DO UPDATE SET {ADDED}"""
 
 
 class Usage:
@@ -41,27 +51,26 @@ class Usage:
         self._registry = registry
         self._clock = clock
         self._lock = threading.Lock()
-        self._counts: Counter[tuple[Kind, str]] = Counter()
+        self._counts: Counter[tuple[Kind, str]] = Counter()  # seconds are no integers, and counted all the same
         self._writing = threading.Lock()
         self._something = threading.Event()
         self._closed = threading.Event()
         self._writer = threading.Thread(target=self._write_on, name="usage", daemon=True)
         self._writer.start()
 
-    def record(self, tenant: Tenant, model: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """One request that has ended."""
-        kind = (tenant.id, tenant.name, model, time.strftime("%Y-%m-%d", time.gmtime(self._clock())))
+    def add(self, tenant_id: int, tenant: str, model: str, **amounts: float) -> None:
+        """`amounts`: of AMOUNTS."""
+        kind = (tenant_id, tenant, model, time.strftime("%Y-%m-%d", time.gmtime(self._clock())))
         with self._lock:
-            self._counts[kind, "requests"] += 1
-            self._counts[kind, "prompt_tokens"] += prompt_tokens
-            self._counts[kind, "completion_tokens"] += completion_tokens
+            for what, amount in amounts.items():
+                self._counts[kind, what] += amount  # type: ignore[assignment]
         self._something.set()
 
     def report(self, tenant: Tenant | None = None, since: str = "") -> list[Used]:
         """By day, tenant and model, from day `since` (YYYY-MM-DD) on."""
         self.write()
         rows = self._registry.rows(
-            "SELECT tenant_name, model, day, requests, prompt_tokens, completion_tokens FROM usage "
+            f"SELECT tenant_name, model, day, {', '.join(AMOUNTS)} FROM usage "
             f"WHERE day >= ? {'AND tenant = ?' if tenant else ''} ORDER BY day, tenant, model",
             *((since, tenant.id) if tenant else (since,)),
         )
@@ -77,14 +86,7 @@ class Usage:
             try:
                 with self._registry.write() as db:
                     for kind in {kind for kind, _ in counts}:
-                        added = [counts[kind, what] for what in ("requests", "prompt_tokens", "completion_tokens")]
-                        db.execute(
-                            "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (tenant, model, day) DO UPDATE "
-                            "SET requests = usage.requests + excluded.requests, "
-                            "prompt_tokens = usage.prompt_tokens + excluded.prompt_tokens, "
-                            "completion_tokens = usage.completion_tokens + excluded.completion_tokens",
-                            (*kind, *added),
-                        )
+                        db.execute(UPSERT, (*kind, *(counts[kind, what] for what in AMOUNTS)))
             except BaseException:
                 with self._lock:
                     self._counts += counts
