@@ -74,9 +74,9 @@ def artifact(tenant: str) -> Artifact:
     return Artifact.open(SAMPLES / f"{tenant}.safetensors")
 
 
-def copy_of(tenant: str, number: int) -> bytes:
-    """The bytes of a sample tenant with `number` · 8 spaces after its header: the same weights, another digest."""
-    data = (SAMPLES / f"{tenant}.safetensors").read_bytes()
+def copy_of(tenant: str | Path, number: int) -> bytes:
+    """The bytes of an artifact with `number` · 8 spaces after its header: the same weights, another digest."""
+    data = (tenant if isinstance(tenant, Path) else SAMPLES / f"{tenant}.safetensors").read_bytes()
     size = int.from_bytes(data[:8], "little")
     return (size + 8 * number).to_bytes(8, "little") + data[8 : 8 + size] + b" " * 8 * number + data[8 + size :]
 
