@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -29,11 +30,14 @@ COMMANDS = {  # module → what its register(subparsers) adds
     "remote": ("push", "models", "complete", "delete"),
     "accounts": ("tenant", "key", "usage", "audit"),
 }
+CHATTY = ("torchao", "torch.utils._pytree")  # warn of themselves when transformers imports torchao
 EXTRAS = {"rich": "cli", "matplotlib": "plot"}  # library → the extra it comes with; all others are the server's
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit status."""
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
