@@ -31,6 +31,40 @@ def _support(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def support() -> Callable[[str], ModuleType]:
+    """tests/support/NAME.py."""
+    return _support
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """tests/support/postgres.py: a PostgreSQL that runs; `postgres.url(name)`. Skips where there is none."""
+    running = _support("postgres").Postgres()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def postgres_url(postgres: Any) -> str:
+    """An empty registry of the test's own."""
+    return str(postgres.url(f"test_{os.urandom(6).hex()}"))
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Any]:
+    """tests/support/s3.py: moto's S3, with the variables that lead to it set; `s3.url(name)`."""
+    running = _support("s3").S3()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def s3_url(s3: Any) -> str:
+    """An empty store of the test's own."""
+    return str(s3.url(f"test-{os.urandom(6).hex()}"))
+
+
+@pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """tests/support/tiny.py: `make_base`, `make_finetune`."""
     torch.set_num_threads(1)

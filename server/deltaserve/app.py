@@ -23,12 +23,12 @@ from deltaserve.api.middleware import OPEN_PATHS, Authenticate, Identify
 from deltaserve.api.openapi import document
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
-from deltaserve.deltas.files import LocalFiles
 from deltaserve.deltas.imports import ImportRoot
 from deltaserve.deltas.intake import Intake
 from deltaserve.deltas.limits import Limits
 from deltaserve.deltas.manifest import Manifest
 from deltaserve.deltas.parts import PartStore
+from deltaserve.deltas.places import open_places
 from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.sightings import Sightings
 from deltaserve.deltas.store import DeltaStore
@@ -50,7 +50,6 @@ from deltaserve.settings import Settings
 from deltaserve.tenants.accounts import Accounts, Scope
 from deltaserve.tenants.keys import Keys
 from deltaserve.tenants.limits import Gate
-from deltaserve.tenants.sqlite import SqliteRegistry
 from deltaserve.tenants.usage import Usage
 
 logger = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ def build_services(settings: Settings) -> Services:
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     imports = ImportRoot(settings.import_root)
-    registry = SqliteRegistry(settings.store)
+    registry, files = open_places(settings.store, settings.registry, settings.store_cache, settings.store_cache_bytes)
     accounts = Accounts(registry)
     keys = Keys(registry, accounts, settings.api_key)
     if keys.is_open and not settings.is_loopback:
@@ -118,7 +117,7 @@ def build_services(settings: Settings) -> Services:
 
     store = DeltaStore(
         registry,
-        LocalFiles(settings.store),
+        files,
         keep_versions=settings.keep_versions,
         on_removed=forget,
     )
@@ -218,6 +217,11 @@ def create_app(services: Services) -> FastAPI:
             asyncio.create_task(_every(SWEEP_S, services.store.delete_expired)),
             asyncio.create_task(_every(METER_S, meter.read)),
         ]
+        if services.registry.is_shared:
+            chores += [
+                asyncio.create_task(_every(SWEEP_S, services.store.sweep)),
+                asyncio.create_task(_every(SWEEP_S, services.keep_pinned)),  # what other servers' tenants pinned
+            ]
         yield
         for chore in chores:
             chore.cancel()
@@ -262,6 +266,7 @@ def close_services(services: Services) -> None:
     services.grammars.close()
     services.usage.close()
     services.registry.close()
+    services.store.files.close()
 
 
 async def _every(seconds: float, chore: Callable[[], None]) -> None:

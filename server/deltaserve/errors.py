@@ -36,6 +36,8 @@
     │   ├── DeltaLoadFailed                 delta_load_failed          500
     │   └── NumericalError                  numerical_error            500
     ├── Draining                            draining                   503   + Retry-After
+    ├── RegistryUnavailable                 registry_unavailable       503   + Retry-After
+    ├── StoreUnavailable                    store_unavailable          503   + Retry-After
     └── StorageFull                         insufficient_storage       507
 
 The class names the case, `code` is its stable name for programs, the message says what, where and what is allowed.
@@ -272,6 +274,18 @@ class Draining(DeltaServeError):
     """The server is shutting down."""
 
     code, http_status, retry_after_s = "draining", 503, 5
+
+
+class RegistryUnavailable(DeltaServeError):
+    """The database cannot be reached now."""
+
+    code, http_status, retry_after_s = "registry_unavailable", 503, 2
+
+
+class StoreUnavailable(DeltaServeError):
+    """The bucket cannot be reached now."""
+
+    code, http_status, retry_after_s = "store_unavailable", 503, 2
 
 
 class StorageFull(DeltaServeError):

@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from deltaserve.errors import BadRequest
 
 PREFIX = "DELTASERVE_"
+SECRETS = ("api_key", "registry")
 OTHER_VARIABLES = {"DELTASERVE_URL", "DELTASERVE_CACHE_DIR"}  # read by the client, and by cache_dir
 
 
@@ -38,6 +39,10 @@ def _weights(given: Any) -> Any:
     return weights
 
 
+def _told(error: Any) -> str:
+    return "***" if error["loc"][0] in SECRETS else repr(error["input"])
+
+
 class Settings(BaseSettings):
     """Settings of `deltaserve serve`."""
 
@@ -46,7 +51,14 @@ class Settings(BaseSettings):
     base: str = Field(description="base model: a directory, a hub id, or a .gguf file")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 = any free one")
-    store: Path = Field(Path("deltaserve-store"), description="directory of uploaded deltas")
+    store: str = Field("deltaserve-store", description="uploaded deltas: a directory, or s3://BUCKET/PREFIX")
+    registry: str | None = Field(
+        None,
+        repr=False,
+        description="who there is and what they own: postgresql://… with a store in S3 (default: a file in --store)",
+    )
+    store_cache: Path = Field(Path("deltaserve-cache"), description="this server's copies of what is in S3")
+    store_cache_bytes: int = Field(64 * 2**30, ge=1, description="how much of that it keeps")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="type of weights and KV")
     kernels: Literal["auto", "torch", "triton", "amx", "avx512bf16", "avx512", "avx2"] = Field(
@@ -120,6 +132,10 @@ class Settings(BaseSettings):
         except ValueError:
             return False
 
+    def shown(self) -> dict[str, Any]:
+        """For the log: without secrets."""
+        return self.model_dump(mode="json") | {name: "***" for name in SECRETS if getattr(self, name) is not None}
+
     @classmethod
     def build(cls, **given: Any) -> Settings:
         """Settings from the command line's values (None = not given). Raises BadRequest naming every bad value."""
@@ -130,5 +146,5 @@ class Settings(BaseSettings):
         try:
             return cls(**{name: value for name, value in given.items() if value is not None})
         except ValidationError as error:
-            reasons = [f"{'.'.join(map(str, e['loc']))}: {e['input']!r}: {e['msg']}" for e in error.errors()]
+            reasons = [f"{'.'.join(map(str, e['loc']))}: {_told(e)}: {e['msg']}" for e in error.errors()]
             raise BadRequest("; ".join(reasons)) from None

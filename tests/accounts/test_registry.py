@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deltaserve.errors import IncompatibleStore, StorageFull
+from deltaserve.errors import IncompatibleStore, RegistryUnavailable, StorageFull
 from deltaserve.tenants import migrations
 from deltaserve.tenants.accounts import Accounts, Caller
 from deltaserve.tenants.models import Models
 from deltaserve.tenants.sqlite import SqliteRegistry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from deltaserve.tenants.registry import Registry
 
 BEFORE_TENANTS = """CREATE TABLE deltas (
     name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, created INTEGER NOT NULL, summary TEXT NOT NULL,
@@ -95,7 +98,7 @@ def test_a_file_of_a_newer_deltaserve_is_refused(tmp_path: Path) -> None:
         SqliteRegistry(tmp_path)
 
 
-def test_a_transaction_in_a_transaction_goes_or_stays_with_it(registry: SqliteRegistry) -> None:
+def test_a_transaction_in_a_transaction_goes_or_stays_with_it(registry: Registry) -> None:
     with pytest.raises(RuntimeError), registry.write():
         registry.audit("me", "a", "x")
         with registry.write():
@@ -110,7 +113,7 @@ def test_a_transaction_in_a_transaction_goes_or_stays_with_it(registry: SqliteRe
     assert registry.audit_log(before=newest.id) == [oldest] and registry.audit_log(limit=1) == [newest]
 
 
-def test_a_registry_that_cannot_be_written_says_so(registry: SqliteRegistry) -> None:
-    registry.rows("PRAGMA query_only = ON")
-    with pytest.raises(StorageFull, match="registry"):
+def test_a_registry_that_cannot_be_written_says_so(registry: Registry, set_writable: Callable[[bool], None]) -> None:
+    set_writable(False)
+    with pytest.raises((StorageFull, RegistryUnavailable), match="registry"):
         registry.audit("me", "a", "x")

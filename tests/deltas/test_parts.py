@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from deltaserve.deltas import parts as parts_module
-from deltaserve.deltas.files import LocalFiles
 from deltaserve.deltas.parts import PartStore
+from deltaserve.deltas.places import open_places
 from deltaserve.deltas.store import DeltaStore, Destination, Stored, Upload
 from deltaserve.errors import (
     BadRequest,
@@ -26,7 +26,6 @@ from deltaserve.errors import (
 from deltaserve.tenants import uploads as uploads_module
 from deltaserve.tenants.accounts import Accounts, Caller, Scope, Tenant
 from deltaserve.tenants.limits import Gate
-from deltaserve.tenants.sqlite import SqliteRegistry
 from deltaserve.tenants.uploads import KEPT_S, Part, PartedUpload, Status
 
 if TYPE_CHECKING:
@@ -39,18 +38,20 @@ EXPIRES_S = 100
 class Yard:
     """A store with a clock that stands still, and short ways to ask it as the tenant acme."""
 
-    def __init__(self, root: Path, now: float = 1_700_000_000.0) -> None:
+    def __init__(self, root: Path, shared: tuple[str, str] | None = None, now: float = 1_700_000_000.0) -> None:
+        """`shared`: URLs of a registry and a bucket that other servers have too."""
         self.root = root
         self.now = now
+        self._places = (shared[1], shared[0]) if shared else (str(root), None)
         self.accepting: Callable[[], None] = lambda: None
         self.open()
 
     def open(self) -> None:
-        self.registry = SqliteRegistry(self.root)
+        self.registry, self.on_disk = open_places(*self._places, self.root, 1 << 20)
         self.accounts = Accounts(self.registry)
         if "acme" not in [tenant.name for tenant in self.accounts.all()]:
             self.accounts.create("acme", "test")
-        self.store = DeltaStore(self.registry, LocalFiles(self.root), keep_versions=9)
+        self.store = DeltaStore(self.registry, self.on_disk, keep_versions=9)
         self.gate = Gate()
         self.parts = PartStore(
             self.registry, self.accounts, self.store, self._accept, self.gate, expires_s=EXPIRES_S,
@@ -62,8 +63,12 @@ class Yard:
         return self.store.commit(to, file, file.finish(sha256), {}, also)
 
     def restart(self) -> None:
-        self.registry.close()
+        self.close()
         self.open()
+
+    def close(self) -> None:
+        self.registry.close()
+        self.on_disk.close()
 
     @property
     def acme(self) -> Tenant:
@@ -99,19 +104,32 @@ class Yard:
             return account.uploading
 
     def files(self) -> list[str]:
-        found = [path for top in ("parts", "incoming") for path in (self.root / top).rglob("*")]
-        return sorted(path.name for path in found if path.is_file())
+        """Parts, and what is on its way in, when all has gone that may."""
+        if self.registry.is_shared:
+            with self.registry.write() as db:
+                db.execute("UPDATE removals SET due = 0")
+            self.store.sweep()
+        found = [key.rpartition("/")[2] for key in self.on_disk.keys("parts")]
+        return sorted(found + [path.name for path in self.on_disk.incoming.iterdir()])
 
     def content(self, name: str) -> bytes:
         with self.store.reading(self.store.models.find(self.me, name)[0].active.digest) as path:
             return path.read_bytes()
 
 
+@pytest.fixture(params=["local", "shared"])
+def yard(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Yard]:
+    both = ("postgres_url", "s3_url") if request.param == "shared" else ()
+    made = Yard(tmp_path, tuple(request.getfixturevalue(name) for name in both) or None)  # type: ignore[arg-type]
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def yard(tmp_path: Path) -> Iterator[Yard]:
+def local(tmp_path: Path) -> Iterator[Yard]:
     made = Yard(tmp_path)
     yield made
-    made.registry.close()
+    made.close()
 
 
 def sha256(data: bytes) -> str:
@@ -134,9 +152,10 @@ def test_parts_are_joined_in_the_order_that_is_asked_and_leave_nothing(yard: Yar
 def test_everything_acknowledged_survives_a_restart(yard: Yard) -> None:
     upload = yard.create(4)
     first = yard.send(upload, b"ab")
-    (yard.root / "parts" / upload.id / "stray").write_bytes(b"x")
-    (yard.root / "parts" / "upload_of_nobody").mkdir()
-    (yard.root / "parts" / "upload_of_nobody" / "stray").write_bytes(b"x")
+    if not yard.registry.is_shared:
+        for stray in (yard.root / "parts" / upload.id / "stray", yard.root / "parts" / "upload_of_nobody" / "stray"):
+            stray.parent.mkdir(exist_ok=True)
+            stray.write_bytes(b"x")
     yard.restart()
     assert yard.files() == [first.sha256] and yard.under_way == 4
     assert yard.parts.uploads.find(yard.me, upload.id).status is Status.PENDING
@@ -272,10 +291,10 @@ def test_an_upload_that_is_being_completed_ends_only_then(yard: Yard) -> None:
 
 
 def test_a_full_disk_loses_no_part_and_keeps_nothing_of_the_new_one(
-    yard: Yard, monkeypatch: pytest.MonkeyPatch
+    local: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upload = yard.create(4)
-    first = yard.send(upload, b"ab")
+    upload = local.create(4)
+    first = local.send(upload, b"ab")
 
     def full(*args: Any) -> Any:  # noqa: ARG001
         raise OSError(errno.ENOSPC, "no space")
@@ -283,14 +302,14 @@ def test_a_full_disk_loses_no_part_and_keeps_nothing_of_the_new_one(
     for call in ("replace", "fsync"):
         with monkeypatch.context() as patch, pytest.raises(StorageFull):
             patch.setattr(os, call, full)
-            yard.send(upload, b"cd")
-        assert yard.files() == [first.sha256]
-    yard.registry.rows("PRAGMA query_only = ON")
+            local.send(upload, b"cd")
+        assert local.files() == [first.sha256]
+    local.registry.rows("PRAGMA query_only = ON")
     with pytest.raises(StorageFull):
-        yard.send(upload, b"cd")
-    yard.registry.rows("PRAGMA query_only = OFF")
-    assert yard.files() == [first.sha256] and yard.parts.uploads.parts(upload) == [first]
-    assert yard.complete(upload, first, yard.send(upload, b"cd")).status is Status.COMPLETED
+        local.send(upload, b"cd")
+    local.registry.rows("PRAGMA query_only = OFF")
+    assert local.files() == [first.sha256] and local.parts.uploads.parts(upload) == [first]
+    assert local.complete(upload, first, local.send(upload, b"cd")).status is Status.COMPLETED
 
 
 def test_bounds_of_parts_and_uploads(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:

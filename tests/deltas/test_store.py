@@ -19,6 +19,7 @@ import pytest
 from deltaserve.deltas import files as files_module
 from deltaserve.deltas import store as store_module
 from deltaserve.deltas.files import LocalFiles
+from deltaserve.deltas.s3 import S3Files
 from deltaserve.deltas.store import DeltaStore, Destination
 from deltaserve.errors import (
     ArtifactTooLarge,
@@ -32,11 +33,14 @@ from deltaserve.errors import (
 from deltaserve.ids import DeltaDigest
 from deltaserve.tenants.accounts import Caller, Tenant
 from deltaserve.tenants.models import ALWAYS, Change, Condition, Version
+from deltaserve.tenants.postgres import PostgresRegistry
 from deltaserve.tenants.sqlite import SqliteRegistry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from deltaserve.tenants.registry import Registry
 
 
 ME = Caller(Tenant(1, "default", 0), "-", frozenset())
@@ -45,9 +49,23 @@ ME = Caller(Tenant(1, "default", 0), "-", frozenset())
 class Store(DeltaStore):
     """A store with the registry it works on, and short ways to ask it as its first tenant."""
 
-    def __init__(self, root: Path, **options: Any) -> None:
-        self.registry = SqliteRegistry(root)
-        super().__init__(self.registry, LocalFiles(root), **options)
+    def __init__(self, root: Path, shared: tuple[str, str] | None = None, **options: Any) -> None:
+        """`shared`: URLs of a registry and a bucket that other servers have too."""
+        if shared is None:
+            self.registry: Registry = SqliteRegistry(root)
+            files: Any = LocalFiles(root)
+        else:
+            self.registry = PostgresRegistry(shared[0])
+            files = S3Files(shared[1], root, 1 << 20, self.registry.identity())
+        super().__init__(self.registry, files, **options)
+
+    def kept(self) -> set[str]:
+        """The objects that are left when all has gone that may."""
+        if self.registry.is_shared:
+            with self.registry.write() as db:
+                db.execute("UPDATE removals SET due = 0")
+            self.sweep()
+        return {key.rpartition("/")[2].removesuffix(".safetensors") for key in self.files.keys("objects")}
 
     def put(self, name: str, data: bytes, condition: Condition = ALWAYS, **summary: Any) -> tuple[Version, bool]:
         upload = self.begin_upload(1 << 20)
@@ -75,11 +93,27 @@ class Store(DeltaStore):
 
     def close(self) -> None:
         self.registry.close()
+        if isinstance(self.files, S3Files):
+            self.files.close()
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def local(tmp_path: Path) -> Iterator[Store]:
     opened = Store(tmp_path)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(params=["local", "shared"])
+def shared(request: pytest.FixtureRequest) -> tuple[str, str] | None:
+    if request.param == "local":
+        return None
+    return request.getfixturevalue("postgres_url"), request.getfixturevalue("s3_url")
+
+
+@pytest.fixture
+def store(tmp_path: Path, shared: tuple[str, str] | None) -> Iterator[Store]:
+    opened = Store(tmp_path, shared)
     yield opened
     opened.close()
 
@@ -96,30 +130,30 @@ def digest_of(data: bytes) -> DeltaDigest:
     return DeltaDigest(hashlib.sha256(data).hexdigest())
 
 
-def test_an_acknowledged_upload_survives_a_restart(tmp_path: Path) -> None:
-    before = Store(tmp_path)
+def test_an_acknowledged_upload_survives_a_restart(tmp_path: Path, shared: tuple[str, str] | None) -> None:
+    before = Store(tmp_path, shared)
     record, new = before.put("a", b"one", codec="x")
     assert (record.number, new, record.digest) == (1, True, digest_of(b"one"))
     before.close()
-    after = Store(tmp_path)
+    after = Store(tmp_path, shared)
     assert after.get("a") == record
     assert after.get("a").summary == {"codec": "x"}
     assert after.path(record.digest).read_bytes() == b"one"
     after.close()
 
 
-def test_a_new_version_takes_the_place_of_the_old_one(store: Store, tmp_path: Path) -> None:
+def test_a_new_version_takes_the_place_of_the_old_one(store: Store) -> None:
     store.put("a", b"one")
     record, new = store.put("a", b"two")
     assert (record.number, new) == (2, False)
     assert store.get("a") == record
-    assert objects(tmp_path) == {digest_of(b"two")}
+    assert store.kept() == {digest_of(b"two")}
     assert store.all() == [("a", record)]
 
 
-def test_the_same_bytes_again_change_nothing(store: Store, tmp_path: Path) -> None:
-    first, _ = store.put("a", b"one")
-    assert store.put("a", b"one") == (first, False)
+def test_the_same_bytes_again_change_nothing(local: Store, tmp_path: Path) -> None:
+    first, _ = local.put("a", b"one")
+    assert local.put("a", b"one") == (first, False)
     assert incoming(tmp_path) == []
 
 
@@ -130,40 +164,39 @@ def test_the_same_bytes_again_heal_a_damaged_object(store: Store) -> None:
     assert store.path(digest_of(b"one")).read_bytes() == b"one"
 
 
-def test_two_servers_cannot_share_a_store(store: Store, tmp_path: Path) -> None:
-    store.put("a", b"one")
+def test_two_servers_cannot_share_a_store(local: Store, tmp_path: Path) -> None:
+    local.put("a", b"one")
     with pytest.raises(StoreInUse, match="another server works on this store"):
         Store(tmp_path)
-    assert store.path(digest_of(b"one")).read_bytes() == b"one"
+    assert local.path(digest_of(b"one")).read_bytes() == b"one"
 
 
-def test_two_names_share_the_same_bytes_until_both_are_gone(store: Store, tmp_path: Path) -> None:
+def test_two_names_share_the_same_bytes_until_both_are_gone(store: Store) -> None:
     store.put("a", b"one")
     record, new = store.put("b", b"one")
     assert (record.number, new) == (1, True)
     store.remove("a")
     assert store.path(digest_of(b"one")).read_bytes() == b"one"
     store.remove("b")
-    assert objects(tmp_path) == set()
+    assert store.kept() == set()
 
 
 def test_a_lease_keeps_a_replaced_or_deleted_object_until_its_last_release(store: Store) -> None:
     store.put("a", b"one")
-    path = store.path(digest_of(b"one"))
     leases = [store.lease(ME, "a")[1], store.lease(ME, "a")[1]]
     store.put("a", b"two")
     store.remove("a")
-    assert path.read_bytes() == b"one"
+    assert store.kept() == {digest_of(b"one")} and store.path(digest_of(b"one")).read_bytes() == b"one"
     store.release(leases[0].digest)
-    assert path.exists()
+    assert store.kept() == {digest_of(b"one")}
     store.release(leases[1].digest)
-    assert not path.exists()
+    assert store.kept() == set()
 
 
 def test_releasing_what_is_still_named_keeps_it(store: Store) -> None:
     store.put("a", b"one")
     store.release(store.lease(ME, "a")[1].digest)
-    assert store.path(digest_of(b"one")).exists()
+    assert store.kept() == {digest_of(b"one")}
 
 
 def test_deleting_tells_what_was_removed_and_a_name_begins_anew(tmp_path: Path) -> None:
@@ -180,18 +213,18 @@ def test_deleting_tells_what_was_removed_and_a_name_begins_anew(tmp_path: Path) 
     store.close()
 
 
-def test_versions_stay_up_to_the_bound_and_bytes_go_with_them(tmp_path: Path) -> None:
-    store = Store(tmp_path, keep_versions=2)
+def test_versions_stay_up_to_the_bound_and_bytes_go_with_them(tmp_path: Path, shared: tuple[str, str] | None) -> None:
+    store = Store(tmp_path, shared, keep_versions=2)
     for data in (b"one", b"two", b"three"):
         store.put("a", data)
-    assert objects(tmp_path) == {digest_of(b"two"), digest_of(b"three")}
+    assert store.kept() == {digest_of(b"two"), digest_of(b"three")}
     again, _ = store.put("a", b"two")
     assert (again.number, store.get("a").number) == (2, 2), "bytes that are there already are the version they were"
     lease = store.lease(ME, "a@3")[1]
     store.delete(ME, "a@3")
-    assert objects(tmp_path) == {digest_of(b"two"), digest_of(b"three")}
+    assert store.kept() == {digest_of(b"two"), digest_of(b"three")}
     store.release(lease.digest)
-    assert objects(tmp_path) == {digest_of(b"two")}
+    assert store.kept() == {digest_of(b"two")}
     store.close()
 
 
@@ -222,7 +255,7 @@ def test_good_names_are_taken(store: Store, name: str) -> None:
 def test_bad_names_are_refused_and_nothing_is_kept(store: Store, tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidName):
         store.put(name, b"one")
-    assert (objects(tmp_path), incoming(tmp_path), store.all()) == (set(), [], [])
+    assert (store.kept(), incoming(tmp_path), store.all()) == (set(), [], [])
 
 
 def test_an_upload_beyond_the_limit_is_refused(store: Store, tmp_path: Path) -> None:
@@ -252,17 +285,17 @@ def test_a_start_removes_what_nobody_names(tmp_path: Path) -> None:
     (tmp_path / "incoming" / "half").write_bytes(b"ha")
     store.close()
     store = Store(tmp_path)
-    assert (objects(tmp_path), incoming(tmp_path)) == ({record.digest}, [])
+    assert (store.kept(), incoming(tmp_path)) == ({record.digest}, [])
     store.close()
 
 
 def test_a_new_folder_of_objects_is_synced_with_its_parent(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
     monkeypatch.setattr(files_module, "sync_directory", synced.append)
-    record, _ = store.put("a", b"one")
-    assert synced == [tmp_path / "objects", store.path(record.digest).parent]
+    record, _ = local.put("a", b"one")
+    assert synced == [tmp_path / "objects", local.path(record.digest).parent]
 
 
 class BrokenRegistry:
@@ -284,9 +317,9 @@ def full(*_: Any, **__: Any) -> Any:
 
 @pytest.mark.parametrize("place", ["mkstemp", "fsync", "replace", "mkdir", "sync_directory", "registry"])
 def test_a_disk_that_is_full_anywhere_is_an_answer_and_nothing_is_kept(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    old, _ = store.put("a", b"old")
+    old, _ = local.put("a", b"old")
     with monkeypatch.context() as patch:
         match place:
             case "mkstemp":
@@ -300,42 +333,42 @@ def test_a_disk_that_is_full_anywhere_is_an_answer_and_nothing_is_kept(
             case "sync_directory":
                 patch.setattr(files_module, "sync_directory", full)
             case "registry":
-                patch.setattr(store.registry, "_connection", BrokenRegistry(store.registry._connection, "INSERT"))
+                patch.setattr(local.registry, "_connection", BrokenRegistry(local.registry._connection, "INSERT"))
         with pytest.raises(StorageFull):
-            store.put("a", b"new")
-    assert (objects(tmp_path), incoming(tmp_path), store.get("a")) == ({old.digest}, [], old)
-    assert store.put("a", b"new")[0].number == 2
+            local.put("a", b"new")
+    assert (objects(tmp_path), incoming(tmp_path), local.get("a")) == ({old.digest}, [], old)
+    assert local.put("a", b"new")[0].number == 2
 
 
 @pytest.mark.parametrize("place", ["sync_directory", "registry"])
 def test_a_full_disk_does_not_take_bytes_that_another_name_has(
-    store: Store, monkeypatch: pytest.MonkeyPatch, place: str
+    local: Store, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    record, _ = store.put("a", b"one")
+    record, _ = local.put("a", b"one")
     with monkeypatch.context() as patch:
         if place == "registry":
-            patch.setattr(store.registry, "_connection", BrokenRegistry(store.registry._connection, "INSERT"))
+            patch.setattr(local.registry, "_connection", BrokenRegistry(local.registry._connection, "INSERT"))
         else:
             patch.setattr(files_module, "sync_directory", full)
         with pytest.raises(StorageFull):
-            store.put("b", b"one")
-    assert store.path(record.digest).read_bytes() == b"one"
+            local.put("b", b"one")
+    assert local.path(record.digest).read_bytes() == b"one"
 
 
 @pytest.mark.parametrize("verb", ["DELETE", "INSERT"])
 def test_a_registry_that_cannot_be_written_keeps_what_it_says(
-    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
+    local: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
 ) -> None:
-    record, _ = store.put("a", b"one")
+    record, _ = local.put("a", b"one")
     with monkeypatch.context() as patch:
-        patch.setattr(store.registry, "_connection", BrokenRegistry(store.registry._connection, verb))
+        patch.setattr(local.registry, "_connection", BrokenRegistry(local.registry._connection, verb))
         with pytest.raises(StorageFull):
-            store.put("a", b"two")
+            local.put("a", b"two")
         if verb == "DELETE":
             with pytest.raises(StorageFull):
-                store.remove("a")
-    assert (store.all(), objects(tmp_path)) == ([("a", record)], {record.digest})
-    assert store.put("a", b"three")[0].number == 2
+                local.remove("a")
+    assert (local.all(), objects(tmp_path)) == ([("a", record)], {record.digest})
+    assert local.put("a", b"three")[0].number == 2
     assert objects(tmp_path) == {digest_of(b"three")}
 
 
@@ -377,7 +410,7 @@ def test_a_file_size_limit_of_the_system_is_an_answer_and_what_was_acknowledged_
     assert int(refused) > 30  # the large ones, and small ones once the registry itself is full
     store = Store(tmp_path)
     assert {(name, record.digest) for name, record in store.all()} == {(name, digest) for name, digest in kept}
-    assert objects(tmp_path) == {digest for _, digest in kept}
+    assert store.kept() == {digest for _, digest in kept}
     store.close()
 
 

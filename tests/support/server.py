@@ -36,7 +36,7 @@ def wait_until(happens: Callable[[], Any], what: str, timeout_s: float = 30) -> 
 class ServerProcess:
     """Starts at once, on a free port; `wait_ready` before the first request. `log` holds what it printed."""
 
-    def __init__(self, base: Path, store: Path, *flags: str, api_key: str | None = None) -> None:
+    def __init__(self, base: Path, store: Path | str, *flags: str, api_key: str | None = None) -> None:
         words = ["serve", str(base), "--port", "0", "--store", str(store), "--device", "cpu", "--dtype", "float32"]
         words += ["--num-threads", "1", "--served-model-name", "tiny", *flags]
         self.api_key = api_key

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import Headers, MutableHeaders
 
 from deltaserve.api.errors import error_response, unexpected
-from deltaserve.errors import AuthenticationFailed, BadRequest, RequestTimeout
+from deltaserve.errors import AuthenticationFailed, BadRequest, RegistryUnavailable, RequestTimeout
 from deltaserve.metrics import Metrics
 from deltaserve.tenants.keys import Keys
 
@@ -100,8 +100,10 @@ class Authenticate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             try:
+                if self._keys.may_be_stale:
+                    await asyncio.to_thread(self._keys.refresh)
                 caller = self._keys.authenticate(_bearer(Headers(scope=scope)))
-            except AuthenticationFailed as refusal:
+            except (AuthenticationFailed, RegistryUnavailable) as refusal:
                 return await error_response(refusal)(scope, receive, send)
             scope["state"]["caller"] = caller
         await self._app(scope, receive, send)

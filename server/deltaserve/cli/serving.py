@@ -55,8 +55,7 @@ def serve(args: argparse.Namespace) -> int:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    shown = settings.model_dump(mode="json") | ({"api_key": "***"} if settings.api_key else {})
-    logging.getLogger(__name__).info("settings: %s", shown)
+    logging.getLogger(__name__).info("settings: %s", settings.shown())
 
     from deltaserve.app import build_services, create_app
 

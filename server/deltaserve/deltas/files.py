@@ -40,6 +40,8 @@ class Files(Protocol):
     def keys(self, prefix: str) -> Iterator[str]:
         """Those under a folder."""
 
+    def close(self) -> None: ...
+
 
 class LocalFiles:
     """In folders under `root`, which belongs to this process alone."""
@@ -80,3 +82,6 @@ class LocalFiles:
     def keys(self, prefix: str) -> Iterator[str]:
         for path in sorted((self._root / prefix).glob("*/*")):
             yield path.relative_to(self._root).as_posix()
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -11,15 +11,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 from deltaserve.deltas.store import DeltaStore, Destination, Stored, Upload
 from deltaserve.errors import BadRequest, DigestMismatch, NotFound, RateLimited
 from deltaserve.tenants.accounts import Accounts, Caller, Tenant
 from deltaserve.tenants.limits import UNLIMITED, Gate, Limits
-from deltaserve.tenants.registry import Registry, disk_full_is_an_answer
+from deltaserve.tenants.registry import Registry
 from deltaserve.tenants.uploads import Part, PartedUpload, PartedUploads, Status
 
 MAX_PART_BYTES = 64 * 2**20  # OpenAI's
@@ -55,8 +55,10 @@ class PartStore:
         self._accept = accept
         self._gate = gate
         self._files = store.files
-        self._lock = threading.Lock()  # rows and files change together
-        self._held: set[str] = set()  # uploads with parts
+        self._is_shared = registry.is_shared
+        self._registry = registry
+        self._lock = threading.Lock()  # rows and files of this server's own change together
+        self._held: dict[str, PartedUpload] = {}  # those with parts
         self._claims: Counter[str] = Counter()  # uploads → parts being received, and one for those that are held
         self._claiming = threading.Lock()
         self._ends: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()  # who may end an upload
@@ -69,9 +71,10 @@ class PartStore:
             if keys := self._keys(upload):
                 known |= keys
                 self._hold(upload)
-        for key in self._files.keys("parts"):
-            if key not in known:
-                self._files.remove(key)
+        if not self._is_shared:
+            for key in self._files.keys("parts"):
+                if key not in known:
+                    self._files.remove(key)
         self.sweep()
 
     def create(self, to: Destination, *, filename: str, purpose: str, num_bytes: int) -> PartedUpload:
@@ -103,14 +106,16 @@ class PartStore:
         if not file.num_bytes:
             raise BadRequest("the part is empty", param="data")
         digest = file.finish(None)
-        with self._lock, disk_full_is_an_answer():
+        with nullcontext() if self._is_shared else self._lock:
             self.uploads.again(upload).check_pending()
             key = _key(upload, digest)
             try:
-                self._files.put(key, file.path)
-                part = self.uploads.add_part(upload, digest, file.num_bytes)
+                named = self._store.bring_in(key, file.path)
+                with self._registry.write():
+                    part = self.uploads.add_part(upload, digest, file.num_bytes)
+                    named()
             except BaseException:
-                if key not in self._keys(upload):
+                if not self._is_shared and key not in self._keys(upload):
                     self._files.remove(key)
                 raise
             self._hold(upload)
@@ -125,33 +130,39 @@ class PartStore:
         with self._ending(upload_id):
             upload = self.uploads.find(caller, upload_id)
             if upload.result is not None:
-                _check_digest("md5", md5, upload.result["md5"] or md5)
-                _check_digest("sha256", sha256, upload.result["sha256"])
-                return upload
+                return _as_expected(upload, md5, sha256)
             upload.check_pending()
-            parts = self._in_order(upload, part_ids)
-            gone: list[Part] = []
-            file = self._store.begin_upload(upload.num_bytes)
             try:
-                found_md5 = self._join(upload, parts, file, with_md5=md5 is not None)
-                _check_digest("md5", md5, found_md5)
-                to = Destination(self._owner(upload), upload.name, str(caller), upload.activates)
-
-                def also(stored: Stored) -> None:
-                    number, digest = stored.version.number, stored.version.digest
-                    now = int(time.time())
-                    gone.extend(
-                        self.uploads.close(
-                            upload, Status.COMPLETED, version=number, sha256=digest, md5=found_md5, created=now
-                        )
-                    )
-
-                self._accept(to, file, sha256, also)
-            finally:
-                file.close()
-            with self._lock:
-                self._clear(upload, gone)
+                self._complete(caller, upload, part_ids, md5, sha256)
+            except Exception:
+                now = self.uploads.again(upload)
+                if now.result is not None:  # by another server, at the same time
+                    return _as_expected(now, md5, sha256)
+                raise
             return self.uploads.again(upload)
+
+    def _complete(
+        self, caller: Caller, upload: PartedUpload, part_ids: Sequence[str], md5: str | None, sha256: str | None
+    ) -> None:
+        parts = self._in_order(upload, part_ids)
+        gone: list[Part] = []
+        file = self._store.begin_upload(upload.num_bytes)
+        try:
+            found_md5 = self._join(upload, parts, file, with_md5=md5 is not None)
+            _check_digest("md5", md5, found_md5)
+            to = Destination(self._owner(upload), upload.name, str(caller), upload.activates)
+
+            def also(stored: Stored) -> None:
+                number, digest, now = stored.version.number, stored.version.digest, int(time.time())
+                gone.extend(
+                    self._close(upload, Status.COMPLETED, version=number, sha256=digest, md5=found_md5, created=now)
+                )
+
+            self._accept(to, file, sha256, also)
+        finally:
+            file.close()
+        with self._lock:
+            self._clear(upload, gone)
 
     def cancel(self, caller: Caller, upload_id: str) -> PartedUpload:
         """May be called again. Raises NotFound, UploadClosed."""
@@ -177,6 +188,9 @@ class PartStore:
                     now = self.uploads.again(upload)
                     if now.status is Status.EXPIRED:
                         self._end(now, Status.EXPIRED)
+        for upload in list(self._held.values()) if self._is_shared else ():
+            if self.uploads.has_ended(upload):
+                self._clear(upload, ())
         self.uploads.forget_old()
 
     def _owner(self, upload: PartedUpload) -> Tenant:
@@ -215,21 +229,32 @@ class PartStore:
 
     def _end(self, upload: PartedUpload, status: Status) -> None:
         with self._lock:
-            self._clear(upload, self.uploads.close(upload, status))
+            self._clear(upload, self._close(upload, status))
+
+    def _close(self, upload: PartedUpload, status: Status, **result: Any) -> list[Part]:
+        """Raises UploadClosed where another server has ended it."""
+        with self._registry.write():
+            now = self.uploads.again(upload)
+            if now.status in (Status.COMPLETED, Status.CANCELLED):
+                now.check_pending()
+            parts = self.uploads.close(upload, status, **result)
+            if self._is_shared:
+                self._store.removals.note((_key(upload, part.sha256) for part in parts), 0)
+            return parts
 
     def _clear(self, upload: PartedUpload, parts: Sequence[Part]) -> None:
-        if upload.id in self._held:
-            self._held.remove(upload.id)
+        if self._held.pop(upload.id, None):
             self._disclaim(upload)
-        for part in parts:
-            self._files.remove(_key(upload, part.sha256))
+        if not self._is_shared:
+            for part in parts:
+                self._files.remove(_key(upload, part.sha256))
 
     def _keys(self, upload: PartedUpload) -> set[str]:
         return {_key(upload, part.sha256) for part in self.uploads.parts(upload)}
 
     def _hold(self, upload: PartedUpload) -> None:
         if upload.id not in self._held:
-            self._held.add(upload.id)
+            self._held[upload.id] = upload
             self._claim(upload, UNLIMITED)
 
     def _claim(self, upload: PartedUpload, limits: Limits) -> None:
@@ -244,6 +269,14 @@ class PartStore:
             if not self._claims[upload.id]:
                 del self._claims[upload.id]
                 self._gate.release(upload.tenant_id, upload.num_bytes)
+
+
+def _as_expected(upload: PartedUpload, md5: str | None, sha256: str | None) -> PartedUpload:
+    """A completed upload. Raises DigestMismatch."""
+    assert upload.result is not None
+    _check_digest("md5", md5, upload.result["md5"] or md5)
+    _check_digest("sha256", sha256, upload.result["sha256"])
+    return upload
 
 
 def _key(upload: PartedUpload, sha256: str) -> str:

@@ -21,16 +21,18 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 from deltaserve.deltas.eviction import GreedyDual
 from deltaserve.deltas.limits import Limits
 from deltaserve.deltas.resident import Load, ResidentDelta, read_delta
-from deltaserve.errors import BadRequest, DeltaLoadFailed
+from deltaserve.errors import BadRequest, DeltaLoadFailed, StoreUnavailable
 from deltaserve.ids import DeltaDigest, Slot
 
 logger = logging.getLogger(__name__)
+Failure: TypeAlias = DeltaLoadFailed | StoreUnavailable
 AMORTISE = 10  # a delta keeps its slot for this many times what it took to bring it
 
 
@@ -71,13 +73,13 @@ class Residency:
         self._kept: dict[DeltaDigest, None] = {}
         self._prewarmed: dict[DeltaDigest, None] = {}  # to be brought once, where there is room
         self._reading: DeltaDigest | None = None
-        self._failures: dict[DeltaDigest, DeltaLoadFailed] = {}  # not told yet
+        self._failures: dict[DeltaDigest, Failure] = {}  # not told yet
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="delta-reader")
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="delta-copier")
 
     def try_pin(self, digest: DeltaDigest) -> Slot | None:
         """The delta's slot with one more pin; None while it loads, waits for a slot, or is about to leave its own.
-        Raises DeltaLoadFailed once for a load that failed; the next call tries again."""
+        Raises DeltaLoadFailed or StoreUnavailable once for a load that failed; the next call tries again."""
         with self._lock:
             if (failure := self._failures.pop(digest, None)) is not None:
                 self._wanted.pop(digest, None)  # all that waited end with it: it is not read again for them
@@ -236,12 +238,12 @@ class Residency:
 
     def _read_one(self, digest: DeltaDigest) -> None:
         began = self._clock()
-        failure: DeltaLoadFailed | None = None
+        failure: Failure | None = None
         host: ResidentDelta | None = None
         try:
             with self._file_of(digest) as path:
                 host = read_delta(path, digest, self._load)
-        except DeltaLoadFailed as error:
+        except (DeltaLoadFailed, StoreUnavailable) as error:
             failure = error
         except Exception as error:
             failure = DeltaLoadFailed(f"the delta {digest[:12]} does not load: {type(error).__name__}: {error}")
@@ -271,7 +273,7 @@ class Residency:
 
     def _copy_one(self, digest: DeltaDigest, slot: Slot, host: ResidentDelta) -> None:
         began = self._clock()
-        failure: DeltaLoadFailed | None = None
+        failure: Failure | None = None
         copy: ResidentDelta | None = None
         try:
             copy = host.to(self._device)
@@ -292,7 +294,7 @@ class Residency:
         self._prewarmed.pop(digest, None)
         self._use_on_device(digest)
 
-    def _moved(self, digest: DeltaDigest, failure: DeltaLoadFailed | None) -> None:
+    def _moved(self, digest: DeltaDigest, failure: Failure | None) -> None:
         """Whoever waits for a delta that failed is told, and nobody else."""
         if failure is not None:
             logger.error("%s", failure.message)
@@ -302,7 +304,7 @@ class Residency:
             self._prewarmed.pop(digest, None)
         self._settle()
 
-    def _tell(self, tier: str, began: float, failure: DeltaLoadFailed | None) -> None:
+    def _tell(self, tier: str, began: float, failure: Failure | None) -> None:
         """Without the lock: the engine may hold its own while it asks for ours."""
         if failure is None:
             self._on_loaded(tier, self._clock() - began)

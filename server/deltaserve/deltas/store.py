@@ -3,6 +3,9 @@
 An upload is acknowledged after its bytes and its registry row are synced to disk. A crash at any point leaves the old
 state or the new one: an object without a row is removed at the next start. An object goes when no version names it and
 no request leases it.
+
+Where servers share the registry they share the files, and none knows what the others read. There an object goes
+`GRACE_S` after its last name, and one that never got a name as long after it came (`tenants.removals`).
 """
 
 from __future__ import annotations
@@ -21,11 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from deltaserve.deltas.files import Files
-from deltaserve.errors import ArtifactTooLarge, DigestMismatch
+from deltaserve.errors import ArtifactTooLarge, DigestMismatch, StoreUnavailable
 from deltaserve.ids import DeltaDigest
 from deltaserve.tenants.accounts import Caller, Tenant
 from deltaserve.tenants.models import ALWAYS, Change, Condition, Model, Models, Version, check_name
 from deltaserve.tenants.registry import Registry, disk_full_is_an_answer
+from deltaserve.tenants.removals import Removals
+
+GRACE_S = 3600  # longer than any request
 
 EXPIRY = "server/expiry"  # who deletes, in the log
 
@@ -102,17 +108,21 @@ class DeltaStore:
         files: Files,
         *,
         keep_versions: int = 1,
+        grace_s: int = GRACE_S,
         on_removed: Callable[[DeltaDigest], None] = lambda digest: None,
     ) -> None:
         self.models = Models(registry)
         self.files = files
+        self.removals = Removals(registry)
         self._registry = registry
         self._keep_versions = keep_versions
+        self._grace_s = grace_s
         self._on_removed = on_removed
         self._lock = threading.Lock()  # a lease begins, or an object goes
         self._leases: Counter[DeltaDigest] = Counter()
-        for key in files.keys("objects"):
-            self._remove_if_unused(DeltaDigest(Path(key).stem))
+        if not registry.is_shared:
+            for key in files.keys("objects"):
+                self._remove_if_unused(_digest(key))
 
     def begin_upload(self, max_bytes: int) -> Upload:
         return Upload(self.files.incoming, max_bytes)
@@ -129,13 +139,31 @@ class DeltaStore:
         version they were. `also` is written with it, or neither is. Raises InvalidName, StorageFull."""
         check_name(to.name)
         with self._kept(digest):  # if nothing comes of it, it goes
-            self.files.put(_key(digest), upload.path)
+            named = self.bring_in(_key(digest), upload.path)
             with self._registry.write():  # the new version comes and an old one goes, or neither
                 stored, replaced = self._record(to, upload.num_bytes, digest, summary)
                 also(stored)
+                named()
+                self._lost_a_name(replaced)
         for old in replaced:
             self._remove_if_unused(old)
         return stored
+
+    def bring_in(self, key: str, source: Path) -> Callable[[], None]:
+        """Moves a file in; → what to call in the transaction that names it."""
+        if not self._registry.is_shared:
+            self.files.put(key, source)
+            return lambda: None
+        began = time.monotonic()
+        self.removals.note([key], self._grace_s)
+        self.files.put(key, source)
+
+        def named() -> None:
+            if time.monotonic() - began > self._grace_s / 2:
+                raise StoreUnavailable("the store took too long to take this; nothing of it is kept")
+            self.removals.take_back(key)
+
+        return named
 
     def _record(
         self, to: Destination, num_bytes: int, digest: DeltaDigest, summary: dict[str, Any]
@@ -221,6 +249,7 @@ class DeltaStore:
                 target = f"{model.owner}:{model.name}@{version.number}"
                 self._registry.audit(str(caller), "version.delete", target, version.digest)
                 gone = [version.digest]
+                self._lost_a_name(gone)
         for digest in gone:
             self._remove_if_unused(digest)
 
@@ -246,13 +275,32 @@ class DeltaStore:
         for model in models:
             gone += self.models.forget(model)
             self._registry.audit(by, "model.delete", f"{model.owner}:{model.name}", model.active.digest)
+        self._lost_a_name(gone)
         return gone
 
     def reading(self, digest: DeltaDigest) -> AbstractContextManager[Path]:
         """The object as a file on this disk, while it is read. Raises FileNotFoundError."""
         return self.files.reading(_key(digest))
 
+    def sweep(self) -> None:
+        """Removes what has been due for removal, where files are shared; called every now and then. One at a time, in a
+        transaction each: no server can name a file while another removes it."""
+        for key in self.removals.due():
+            if key.startswith("objects/") and self._leases[_digest(key)]:
+                continue
+            with self._registry.write():
+                if self.removals.take(key):
+                    self.files.remove(key)
+            self._on_removed(_digest(key))
+
+    def _lost_a_name(self, digests: Sequence[DeltaDigest]) -> None:
+        """Within the transaction that took it."""
+        if self._registry.is_shared:
+            self.removals.note((_key(digest) for digest in digests if not self.models.is_named(digest)), self._grace_s)
+
     def _remove_if_unused(self, digest: DeltaDigest) -> None:
+        if self._registry.is_shared:
+            return
         with self._lock:
             if self._leases[digest] or self.models.is_named(digest):
                 return
@@ -262,3 +310,7 @@ class DeltaStore:
 
 def _key(digest: DeltaDigest) -> str:
     return f"objects/{digest[:2]}/{digest}.safetensors"
+
+
+def _digest(key: str) -> DeltaDigest:
+    return DeltaDigest(Path(key).stem)

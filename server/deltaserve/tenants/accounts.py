@@ -63,6 +63,11 @@ class Accounts:
         self._changing = threading.Lock()  # what is in memory follows the registry, in its order
         self._load()
 
+    def reload(self) -> None:
+        """What other servers changed."""
+        with self._changing:
+            self._load()
+
     def _load(self) -> None:
         rows = self._registry.rows("SELECT id, name, created, limits FROM tenants WHERE deleted IS NULL ORDER BY name")
         self._tenants = {key: Tenant(key, name, made, Limits(**json.loads(bounds))) for key, name, made, bounds in rows}
@@ -82,7 +87,7 @@ class Accounts:
         for tenant in self._tenants.values():
             if tenant.name == name:
                 return tenant
-        raise NotFound(f"there is no tenant {name[:64]!r}", param="tenant")
+        raise _missing(name)
 
     def create(self, name: str, by: str, limits: Limits = UNLIMITED) -> Tenant:
         """Raises InvalidName, NameConflict, StorageFull."""
@@ -101,10 +106,15 @@ class Accounts:
         return self.named(name)
 
     def limit(self, tenant: Tenant, changes: dict[str, int | None], by: str) -> Tenant:
-        """New bounds, from the next request on; None lifts one. Raises StorageFull."""
+        """New bounds, from the next request on; None lifts one. Raises NotFound, StorageFull."""
         with self._changing:
             with self._registry.write() as db:
-                limits = self._tenants[tenant.id].limits.with_changes(changes)
+                found = db.execute(
+                    "SELECT limits FROM tenants WHERE id = ? AND deleted IS NULL", (tenant.id,)
+                ).fetchone()
+                if found is None:
+                    raise _missing(tenant.name)
+                limits = Limits(**json.loads(found[0])).with_changes(changes)
                 db.execute("UPDATE tenants SET limits = ? WHERE id = ?", (json.dumps(limits.given()), tenant.id))
                 self._registry.audit(by, "tenant.limit", tenant.name, **changes)
             self._load()
@@ -129,3 +139,7 @@ class Accounts:
                 db.execute("UPDATE tenants SET deleted = ? WHERE id = ?", (int(time.time()), tenant.id))
                 self._registry.audit(by, "tenant.delete", tenant.name)
             self._load()
+
+
+def _missing(name: str) -> NotFound:
+    return NotFound(f"there is no tenant {name[:64]!r}", param="tenant")

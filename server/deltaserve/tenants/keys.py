@@ -60,9 +60,23 @@ class Keys:
         self._accounts = accounts
         self._clock = clock
         self._changing = threading.Lock()
+        self.is_open = bootstrap is None
+        self._seen = -1
         self._load()
-        self.is_open = bootstrap is None and not self._keys
         self._bootstrap_digest = _digest(bootstrap) if bootstrap is not None else UNKNOWN
+
+    @property
+    def may_be_stale(self) -> bool:
+        """Is `refresh` to be called before `authenticate`?"""
+        return self._registry.is_shared
+
+    def refresh(self) -> None:
+        """Hears of what other servers changed, keys and tenants. Raises RegistryUnavailable."""
+        change = self._registry.last_change()
+        if change != self._seen:
+            self._accounts.reload()
+            self.reload()
+            self._seen = change
 
     def authenticate(self, given: str | None) -> Caller:
         """Whose key that is. Raises AuthenticationFailed, the same for every reason."""
@@ -93,7 +107,7 @@ class Keys:
     def create(
         self, tenant: Tenant, scopes: Collection[Scope], by: str, *, label: str = "", expires_in_s: int | None = None
     ) -> tuple[Key, str]:
-        """(the key, its text, which is told this once). Raises BadRequest, StorageFull."""
+        """(the key, its text, which is told this once). Raises BadRequest, NotFound, StorageFull."""
         if self.is_open:
             raise BadRequest("this server was started without a key; start it with --api-key, then create others")
         now = int(self._clock())
@@ -105,6 +119,8 @@ class Keys:
         key = Key(key_id, tenant, frozenset(scopes), label, now, expires, None, _digest(text))
         with self._changing:
             with self._registry.write() as db:
+                if not db.execute("SELECT 1 FROM tenants WHERE id = ? AND deleted IS NULL", (tenant.id,)).fetchone():
+                    raise NotFound(f"there is no tenant {tenant.name!r}", param="tenant")
                 db.execute(
                     "INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, NULL)",
                     (key_id, tenant.id, key.digest, " ".join(sorted(scopes)), label, now, expires),
@@ -132,7 +148,7 @@ class Keys:
         return self.get(key.id)
 
     def reload(self) -> None:
-        """After a tenant was deleted, and its keys with it."""
+        """After keys were changed elsewhere: a deleted tenant's, or by another server."""
         with self._changing:
             self._load()
 
@@ -148,6 +164,7 @@ class Keys:
             "SELECT id, tenant, scopes, label, created, expires, revoked, digest FROM keys ORDER BY tenant, created, id"
         )
         self._keys = {row[0]: key for row in rows if (key := self._key(row)) is not None}
+        self.is_open = self.is_open and not self._keys
 
     def _key(self, row: Row) -> Key | None:
         key_id, tenant_id, scopes, label, created, expires, revoked, digest = row

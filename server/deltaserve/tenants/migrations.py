@@ -84,7 +84,11 @@ BILLS = (
     "ALTER TABLE usage ADD COLUMN resident_s REAL NOT NULL DEFAULT 0",
     "ALTER TABLE models ADD COLUMN expires INTEGER",
 )
-STEPS = (FIRST, TENANTS, USAGE, UPLOADS, PLACES, BILLS)
+SHARED = (
+    "CREATE TABLE identity (id TEXT NOT NULL) STRICT",
+    "CREATE TABLE removals (key TEXT PRIMARY KEY, due INTEGER NOT NULL) STRICT",
+)
+STEPS = (FIRST, TENANTS, USAGE, UPLOADS, PLACES, BILLS, SHARED)
 
 
 def missing(taken: int) -> Iterator[tuple[int, tuple[str, ...]]]:

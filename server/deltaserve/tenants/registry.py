@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import secrets
 import sqlite3
 import time
 from abc import ABC, abstractmethod
@@ -74,10 +75,23 @@ class Registry(ABC):
     @abstractmethod
     def write(self) -> AbstractContextManager[Transaction]:
         """A transaction, on disk when the outermost `with` ends; an exception takes it all back. Nobody else writes
-        meanwhile. Raises StorageFull."""
+        meanwhile. Raises StorageFull, RegistryUnavailable: then it may or may not be on disk."""
 
     @abstractmethod
     def close(self) -> None: ...
+
+    def identity(self) -> str:
+        """Of this registry and no other, from the first time it is asked."""
+        with self.write() as db:
+            if not self.rows("SELECT id FROM identity"):
+                db.execute("INSERT INTO identity VALUES (?)", (secrets.token_hex(16),))
+            ((identity,),) = self.rows("SELECT id FROM identity")
+            return str(identity)
+
+    def last_change(self) -> int:
+        """Grows with every change to accounts, keys and models, by whatever server: each is in the audit log."""
+        ((number,),) = self.rows("SELECT COALESCE(MAX(id), 0) FROM audit")
+        return int(number)
 
     def audit(self, who: str, action: str, target: str, digest: str | None = None, /, **detail: Any) -> None:
         """Notes a change, in the transaction that makes it."""

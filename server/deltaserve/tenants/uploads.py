@@ -165,6 +165,9 @@ class PartedUploads:
             )
         return parts
 
+    def has_ended(self, upload: PartedUpload) -> bool:
+        return not self._registry.rows("SELECT 1 FROM uploads WHERE id = ? AND status = 'pending'", upload.id)
+
     def forget_old(self) -> None:
         """Those that ended long ago."""
         before = int(self._clock()) - KEPT_S

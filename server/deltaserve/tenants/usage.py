@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deltaserve.errors import StorageFull
+from deltaserve.errors import RegistryUnavailable, StorageFull
 from deltaserve.tenants.accounts import Tenant
 from deltaserve.tenants.registry import Registry
 
@@ -45,7 +45,7 @@ ON CONFLICT (tenant, model, day) DO UPDATE SET {ADDED}"""
 
 
 class Usage:
-    """Thread-safe. `close` writes what is left."""
+    """Thread-safe. `close` writes what is left, if it can."""
 
     def __init__(self, registry: Registry, clock: Callable[[], float] = time.time) -> None:
         self._registry = registry
@@ -77,7 +77,7 @@ class Usage:
         return [Used(*row) for row in rows]
 
     def write(self) -> None:
-        """What was counted goes to disk. Raises StorageFull; then it is still counted."""
+        """What was counted goes to disk. Raises StorageFull, RegistryUnavailable; then it is still counted."""
         with self._writing:
             with self._lock:
                 counts, self._counts = self._counts, Counter()
@@ -96,13 +96,16 @@ class Usage:
         self._closed.set()
         self._something.set()
         self._writer.join()
-        self.write()
+        self._try_to_write()
 
     def _write_on(self) -> None:
         while self._something.wait() and not self._closed.wait(WRITE_EVERY_S):
             self._something.clear()
-            try:
-                self.write()
-            except StorageFull as error:
-                logger.error("usage is not written, and tried again: %s", error.message)
-                self._something.set()
+            self._try_to_write()
+
+    def _try_to_write(self) -> None:
+        try:
+            self.write()
+        except (StorageFull, RegistryUnavailable) as error:
+            logger.error("usage is not written, and tried again: %s", error.message)
+            self._something.set()
