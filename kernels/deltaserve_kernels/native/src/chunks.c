@@ -18,10 +18,14 @@ static void scale_block(const Part *part, int pair_rows, int block, u16 *tiles) 
 
 static void coded(const Part *part, const u16 *x, int rows, int row, float *sum) {
     int blocks = (part->cols + 31) / 32;
+    size_t stride = (size_t)blocks * 32 * 4 * (size_t)part->bits;
     u16 ALIGNED tiles[BLOCKS * PAIR];
+    if (!part->group_scale && product_of_codes(part->codes + (size_t)(row / 32) * stride, stride, row + 32 < part->rows ? 2 : 1,
+                                               part->bits, part->table, blocks, x, width_of(part), rows, sum, CHUNK))
+        return;
     for (int half = 0; half < 2 && row + 32 * half < part->rows; half++) {
         int pair_rows = row / 32 + half;
-        const u8 *codes = part->codes + (size_t)pair_rows * (size_t)blocks * 32 * 4 * (size_t)part->bits;
+        const u8 *codes = part->codes + (size_t)pair_rows * stride;
         for (int block = 0; block < blocks; block += BLOCKS) {
             int count = MIN(BLOCKS, blocks - block);
             unpack_bf16(codes, part->bits, part->table, count * 32, tiles);
@@ -108,66 +112,6 @@ static void sparse(const Part *part, const float *x, int rows, int row, float *s
     else WITH_WIDTH(part->bits, sparse_many(part, bits, x, rows, row, sum))
 }
 
-/* Codes of 16 tiles are unpacked once, then each token gathers from projections of its own. */
-static inline __attribute__((always_inline)) void book_of(
-    const Part *part, const int bits, const float *projections, int rows, int row, float *sum) {
-    int each = projected(part), index = (1 << (bits - part->is_signed)) - 1, count = part->stages * part->segments;
-    int tiles = (part->rows + part->tile - 1) / part->tile;
-    long stride = (long)part->segments * part->tile * each; /* of a token's projections */
-    int from = row / part->tile, to = MIN(tiles, (MIN(row + CHUNK, part->rows) + part->tile - 1) / part->tile);
-    int32_t *code = scratch(7, (size_t)count * LANES * sizeof *code);
-    for (int lane0 = from / LANES * LANES; lane0 < to; lane0 += LANES) {
-        const u8 *codes = part->codes + (size_t)(lane0 / LANES) * (size_t)count * 2 * (size_t)bits;
-        for (int i = 0; i < count; i++) unpack_ints(codes + (size_t)i * 2 * (size_t)bits, bits, code + i * LANES);
-        for (int m = 0; m < rows; m++) {
-            const float *own = projections + m * stride;
-#if defined(__AVX512F__)
-            for (int r = 0; r < part->tile; r++) {
-                vf total = vset(0);
-                for (int i = 0; i < count; i++) {
-                    __m512i c = _mm512_load_si512(code + i * LANES), at = _mm512_and_si512(c, _mm512_set1_epi32(index));
-                    vf factor = vset(part->gains ? part->gains[i / part->segments] : 1.0f);
-                    if (part->is_signed) {
-                        __m512i flip = _mm512_slli_epi32(_mm512_srli_epi32(c, (unsigned)bits - 1), 31);
-                        factor = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(factor), flip));
-                    }
-                    const float *table = own + ((long)(i % part->segments) * part->tile + r) * each;
-                    total = vfma(_mm512_i32gather_ps(at, table, 4), factor, total);
-                }
-                if (part->tile == 1) {
-                    vstore(sum + m * CHUNK + lane0 - row, total);
-                    continue;
-                }
-                float ALIGNED found[LANES];
-                vstore(found, total);
-                for (int lane = MAX(lane0, from) - lane0; lane < MIN(LANES, to - lane0); lane++) {
-                    int at = (lane0 + lane) * part->tile + r - row; /* of the chunk */
-                    if (at >= 0 && at < CHUNK) sum[m * CHUNK + at] = found[lane];
-                }
-            }
-#else
-            for (int lane = MAX(lane0, from) - lane0; lane < MIN(LANES, to - lane0); lane++)
-                for (int r = 0; r < part->tile; r++) {
-                    int at = (lane0 + lane) * part->tile + r - row; /* of the chunk */
-                    if (at < 0 || at >= CHUNK) continue;
-                    float total = 0;
-                    for (int i = 0; i < count; i++) {
-                        int32_t c = code[i * LANES + lane];
-                        float gain = part->gains ? part->gains[i / part->segments] : 1.0f;
-                        float found = own[((long)(i % part->segments) * part->tile + r) * each + (c & index)];
-                        total = __builtin_fmaf(found, part->is_signed && c > index ? -gain : gain, total);
-                    }
-                    sum[m * CHUNK + at] = total;
-                }
-#endif
-        }
-    }
-}
-
-static void book(const Part *part, const float *projections, int rows, int row, float *sum) {
-    WITH_WIDTH(part->bits, book_of(part, bits, projections, rows, row, sum))
-}
-
 /* One block of 32 columns by 16 rows of a grid of vectors, as a tile. */
 static void grid_tile(const Part *part, const u8 *codes, int block, u16 *tile) {
     int length = part->length, bits = part->bits, held[2] = {-1, -1};
@@ -241,20 +185,25 @@ static void patches(const Part *part, const u16 *x, int rows, int row, float *su
         }
 }
 
+/* What is left of 64 rows when their sums are there: T_out⁻¹ and scales. */
+void finish_chunk(const Part *part, int rows, int row, float *sum) {
+    int count = MIN(CHUNK, part->rows - row);
+    for (int m = 0; m < rows; m++) {
+        float *s = sum + m * CHUNK;
+        if (part->t_out) transform(part->t_out, part->t_out_size, part->dct_out, part->dct_out_tail, 1, s, part->rows, row, CHUNK);
+        if (part->row) for (int j = 0; j < count; j++) s[j] *= part->scale * part->row[row + j];
+        else for (int j = 0; j < count; j++) s[j] *= part->scale;
+    }
+}
+
 void add_chunk(const Part *part, const void *input, int rows, int row, float *sum) {
     switch (part->kind) {
     case CODED: coded(part, input, rows, row, sum); break;
     case DENSE: dense(part, input, rows, row, sum); break;
     case SPARSE: sparse(part, input, rows, row, sum); break;
-    case BOOK: book(part, input, rows, row, sum); break;
     case GRID: grid(part, input, rows, row, sum); break;
     case PATCHES: patches(part, input, rows, row, sum); break;
     default: return;
     }
-    int count = MIN(CHUNK, part->rows - row);
-    for (int m = 0; m < rows; m++) {
-        float *s = sum + m * CHUNK;
-        if (part->t_out) transform(part->t_out, part->t_out_size, part->dct_out, part->dct_out_tail, 1, s, part->rows, row, CHUNK);
-        for (int j = 0; j < count; j++) s[j] *= part->row ? part->scale * part->row[row + j] : part->scale;
-    }
+    finish_chunk(part, rows, row, sum);
 }

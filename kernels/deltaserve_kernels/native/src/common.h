@@ -132,6 +132,7 @@ static inline vf vexp(vf x) { /* relative error below 3e-6 */
 /* pool.c */
 typedef void (*Job)(void *argument, int worker, int workers);
 void parallel(Job job, void *argument);
+int threads(void); /* that a job may have */
 static inline void share(int count, int worker, int workers, int *from, int *to) {
     *from = (int)((long)count * worker / workers);
     *to = (int)((long)count * (worker + 1) / workers);
@@ -150,6 +151,10 @@ void product(const u16 *x, long ldx, int rows, const u16 *tiles, int blocks, flo
 
 /* unpack.c: 32 codes as bfloat16 of a look-up table */
 void unpack_bf16(const u8 *codes, int bits, const u16 *table, int groups, u16 *out);
+/* y[M, 32 · pairs] += x[M, 32 · blocks] · codes, looked up in registers; `stride` bytes from one 32 rows to the next, of which
+   there are one or two. → 0, and nothing done: not for so many rows or bits. */
+int product_of_codes(const u8 *codes, size_t stride, int pairs, int bits, const u16 *table, int blocks, const u16 *x, long ldx,
+                     int rows, float *y, long ldy);
 
 static const int PLANES[] = {8, 4, 2, 1};
 
@@ -167,25 +172,32 @@ static inline u32 code_at(const u8 *p, int bits, int lanes, int lane) {
 }
 
 /* 16 codes as integers */
+#if defined(__AVX512F__)
+static inline __attribute__((always_inline)) __m512i plane16(const u8 *p, int width) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    if (width == 8) return _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
+    __m128i bytes = width == 4   ? _mm_set1_epi64x(*(const int64_t *)p)
+                    : width == 2 ? _mm_set1_epi32(*(const int32_t *)p)
+                                 : _mm_set1_epi16(*(const short *)p); /* 2·width of them, repeated to 16 */
+    int log = width == 4 ? 3 : width == 2 ? 2 : 1, each = width == 4 ? 2 : width == 2 ? 1 : 0;
+    __m512i shift = _mm512_slli_epi32(_mm512_srli_epi32(lane, (unsigned)log), (unsigned)each);
+    return _mm512_and_si512(_mm512_srlv_epi32(_mm512_cvtepu8_epi32(bytes), shift), _mm512_set1_epi32((1 << width) - 1));
+}
+
+static inline __attribute__((always_inline)) __m512i codes16(const u8 *p, int bits) {
+    __m512i code = _mm512_setzero_si512();
+    if (bits >= 8) code = plane16(p, 8);
+    if (bits >= 16) code = _mm512_or_si512(code, _mm512_slli_epi32(plane16(p + 16, 8), 8));
+    if (bits & 4) code = _mm512_or_si512(code, _mm512_slli_epi32(plane16(p + 2 * (bits & ~7), 4), (unsigned)(bits & ~7)));
+    if (bits & 2) code = _mm512_or_si512(code, _mm512_slli_epi32(plane16(p + 2 * (bits & ~3), 2), (unsigned)(bits & ~3)));
+    if (bits & 1) code = _mm512_or_si512(code, _mm512_slli_epi32(plane16(p + 2 * (bits & ~1), 1), (unsigned)(bits & ~1)));
+    return code;
+}
+#endif
+
 static inline __attribute__((always_inline)) void unpack_ints(const u8 *p, int bits, int32_t out[LANES]) {
 #if defined(__AVX512F__)
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512i code = _mm512_setzero_si512();
-    int done = 0;
-    for (int i = 0; i < 4; i++)
-        for (int width = PLANES[i]; width <= bits - done; done += width, p += 2 * width) {
-            __m128i bytes; /* 2·width of them, repeated to 16 */
-            if (width == 8) bytes = _mm_loadu_si128((const void *)p);
-            else if (width == 4) bytes = _mm_set1_epi64x(*(const int64_t *)p);
-            else if (width == 2) bytes = _mm_set1_epi32(*(const int32_t *)p);
-            else bytes = _mm_set1_epi16(*(const short *)p);
-            int log = width == 8 ? 4 : width == 4 ? 3 : width == 2 ? 2 : 1; /* bytes of the plane: 2^log */
-            __m512i shift = _mm512_mullo_epi32(_mm512_srli_epi32(lane, (unsigned)log), _mm512_set1_epi32(width));
-            __m512i value = _mm512_srlv_epi32(_mm512_cvtepu8_epi32(bytes), shift);
-            value = _mm512_and_si512(value, _mm512_set1_epi32((1 << width) - 1));
-            code = _mm512_or_si512(code, _mm512_slli_epi32(value, (unsigned)done));
-        }
-    _mm512_storeu_si512(out, code);
+    _mm512_storeu_si512(out, codes16(p, bits));
 #else
     for (int i = 0; i < LANES; i++) out[i] = (int32_t)code_at(p, bits, LANES, i);
 #endif

@@ -38,13 +38,16 @@ static void project(const Part *part, const float *x, float *out) {
             int length = MIN(part->length, part->cols - s * part->length), at = r * part->length;
             memset(whole, 0, (size_t)size * sizeof *whole);
             memcpy(whole + at, x + s * part->length, (size_t)length * sizeof *whole);
-            walsh_hadamard(whole, size);
+            walsh_hadamard(whole, NULL, size, whole);
             for (int k = 0; k < part->transforms; k++, out += each) {
                 const float *sign = part->signs + (size_t)k * (size_t)size;
+                if (each == size) {
+                    walsh_hadamard(whole, sign, size, out);
+                    continue;
+                }
                 multiply(whole, sign, size, signed_);
                 for (int half = size / 2; half >= each; half /= 2) add_to(signed_, signed_ + half, half); /* the first rows of H */
-                walsh_hadamard(signed_, each);
-                memcpy(out, signed_, (size_t)each * sizeof *out);
+                walsh_hadamard(signed_, NULL, each, out);
             }
         }
 }

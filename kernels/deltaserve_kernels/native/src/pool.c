@@ -64,6 +64,8 @@ EXPORT void ds_set_threads(int threads) {
     pthread_mutex_unlock(&busy);
 }
 
+int threads(void) { return wanted; }
+
 static void start(void) {
     static int registered;
     if (!registered) pthread_atfork(NULL, NULL, forget), registered = 1;

@@ -3,6 +3,8 @@
    y = x·Wᵀ + b + Σ parts of each run's delta        without tiles: y += the parts; x bf16 [T, ≥ cols], y float32 [T, ≥ rows], W bf16 tiles */
 #include "terms.h"
 
+#include <stdatomic.h>
+
 enum { SLICE = 256 }; /* rows at once: what projections and partial sums may hold */
 
 typedef struct {
@@ -14,6 +16,7 @@ typedef struct {
     const Run *run;
     u8 *memory;
     const size_t *offset; /* of each part's input, run by run */
+    _Atomic int next;     /* run that nobody has taken */
 } Work;
 
 static int is_vector(const Part *part) { return part->kind == BASE_SCALE || part->kind == VECTOR; }
@@ -28,6 +31,11 @@ static void prepare(void *argument, int worker, int workers) {
 
 /* What lies within rows from … to of the site. A part goes by chunks of its own rows, which may begin anywhere in them. */
 static void add_part(const Work *w, const Run *run, const Part *part, const void *input, int from, int to) {
+    if (part->kind == BOOK) {
+        int begin = MAX(0, from - part->first), end = MIN(part->rows, to - part->first);
+        if (begin < end) add_book(part, input, run->rows, begin, end, w->y + run->start * w->ldy + part->first, w->ldy);
+        return;
+    }
     float *sum = scratch(1, (size_t)run->rows * CHUNK * sizeof *sum);
     for (int row = MAX(0, from - part->first) / CHUNK * CHUNK; row < MIN(part->rows, to - part->first); row += CHUNK) {
         int begin = MAX(0, from - part->first - row), end = MIN(MIN(CHUNK, part->rows - row), to - part->first - row);
@@ -52,33 +60,62 @@ static void multiply(void *argument, int worker, int workers) {
     from *= CHUNK, to = MIN(to * CHUNK, last);
     for (int n = from; n < to && site->tiles; n += 32)
         product(w->x, w->ldx, w->rows, site->tiles + (size_t)(n / 32) * (size_t)blocks * PAIR, blocks, w->y + n, w->ldy, 0);
-    for (int r = 0, k = 0; r < w->runs; r++)
+    for (int r = 0, k = 0; r < w->runs && w->memory; r++)
         for (int p = 0; p < w->run[r].parts; p++, k++) add_part(w, w->run + r, w->run[r].part + p, w->memory + w->offset[k], from, to);
-    if (site->bias)
-        for (int m = 0; m < w->rows; m++)
-            for (int n = from; n < MIN(to, site->rows); n++) w->y[m * w->ldy + n] += site->bias[n];
+}
+
+/* Bytes of a run's inputs, which begin at `bytes`, and where each part's lies. */
+static size_t place_inputs(const Run *run, size_t bytes, size_t *offset) {
+    for (int p = 0; p < run->parts; p++) {
+        int shared = run->part[p].input;
+        offset[p] = shared == p ? bytes : offset[shared];
+        if (shared == p) bytes += input_bytes(run->part + p, run->rows);
+    }
+    return bytes;
+}
+
+/* A run is one thread's from its inputs to its last part: what it makes of x stays in that thread's caches. */
+static void add_runs(void *argument, int worker, int workers) {
+    (void)worker, (void)workers;
+    Work *w = argument;
+    for (int r; (r = atomic_fetch_add(&w->next, 1)) < w->runs;) {
+        const Run *run = w->run + r;
+        size_t offset[run->parts];
+        u8 *memory = scratch(8, place_inputs(run, 0, offset));
+        for (int p = 0; p < run->parts; p++) {
+            if (run->part[p].input == p && !is_vector(run->part + p))
+                make_input(run->part + p, w->x + run->start * w->ldx, w->ldx, run->rows, memory + offset[p]);
+            add_part(w, run, run->part + p, memory + offset[p], 0, ROUND_UP(w->site->rows, 32));
+        }
+    }
+}
+
+static void add_bias(const Work *w) {
+    for (int m = 0; m < w->rows; m++)
+        for (int n = 0; n < w->site->rows; n++) w->y[m * w->ldy + n] += w->site->bias[n];
 }
 
 EXPORT void ds_site(const Site *site, const u16 *x, long ldx, float *y, long ldy, int rows, const Run *run, int runs) {
     Run *cut = scratch(0, (size_t)MAX(runs, 1) * sizeof *cut);
     for (int begin = 0; begin < rows; begin += SLICE) {
         int end = MIN(begin + SLICE, rows), count = 0, parts = 0;
-        size_t bytes = 0;
         for (int r = 0; r < runs; r++) {
             int from = MAX(run[r].start, begin), to = MIN(run[r].start + run[r].rows, end);
             if (from >= to || !run[r].parts) continue;
             cut[count++] = (Run){from - begin, to - from, run[r].parts, 0, run[r].part};
             parts += run[r].parts;
         }
-        size_t offset[MAX(parts, 1)];
-        for (int r = 0, k = 0; r < count; r++)
-            for (int p = 0; p < cut[r].parts; p++, k++) {
-                int shared = cut[r].part[p].input;
-                offset[k] = shared == p ? bytes : offset[k - p + shared];
-                if (shared == p) bytes += input_bytes(cut[r].part + p, cut[r].rows);
-            }
-        Work work = {site, x + begin * ldx, y + begin * ldy, ldx, ldy, end - begin, count, cut, scratch(8, bytes), offset};
-        if (count) parallel(prepare, &work);
-        parallel(multiply, &work);
+        Work work = {site, x + begin * ldx, y + begin * ldy, ldx, ldy, end - begin, count, cut, NULL, NULL, 0};
+        if (count < 2 * threads() && threads() > 1 && count) { /* too few runs for the threads: rows of the weights are shared out */
+            size_t offset[parts], bytes = 0;
+            for (int r = 0, k = 0; r < count; k += cut[r++].parts) bytes = place_inputs(cut + r, bytes, offset + k);
+            work.memory = scratch(8, MAX(bytes, 1)), work.offset = offset;
+            parallel(prepare, &work);
+            parallel(multiply, &work);
+        } else {
+            parallel(multiply, &work);
+            if (count) parallel(add_runs, &work);
+        }
+        if (site->bias) add_bias(&work);
     }
 }

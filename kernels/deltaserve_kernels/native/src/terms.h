@@ -53,11 +53,15 @@ static inline int projected(const Part *part) {
 size_t input_bytes(const Part *part, int rows);
 void make_input(const Part *part, const u16 *x, long ldx, int rows, void *out);
 
-/* chunks.c: sum[M, 64] of rows row … row + 63 of a part, scaled; `input` as made by make_input */
+/* chunks.c: sum[M, 64] of rows row … row + 63 of any other part, scaled; `input` as made by make_input */
 void add_chunk(const Part *part, const void *input, int rows, int row, float *sum);
+void finish_chunk(const Part *part, int rows, int row, float *sum);
+
+/* book.c: y[M, from … to] += rows from … to of a BOOK, from … to within the part; y at the part's first row */
+void add_book(const Part *part, const float *projections, int rows, int from, int to, float *y, long ldy);
 
 /* transforms.c */
-void walsh_hadamard(float *x, int size);
+void walsh_hadamard(const float *x, const float *sign, int size, float *out);
 void transform(int kind, int size, const float *dct, const float *tail, int inverse, float *x, int n, int offset, int length);
 
 #endif

@@ -71,6 +71,72 @@ static inline __attribute__((always_inline)) void unpack_of(
     }
 }
 
+#if !defined(__AMX_BF16__) /* whose products add in another order: a row must not see how many there are */
+static inline __attribute__((always_inline)) void few_rows(
+    const int bits, const int rows, const int pairs, const u8 *codes, size_t stride, const u16 *table, int blocks, const u16 *x,
+    long ldx, float *y, long ldy) {
+    const __m512i first = bits == 1 ? _mm512_set1_epi16((short)table[0]) : _mm512_loadu_si512(table);
+    const __m512i second = _mm512_set1_epi16((short)table[1]);
+    vf sum[4][4];
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < 2 * pairs; v++) sum[m][v] = vload(y + m * ldy + v * VW);
+    for (int k = 0; k < blocks; k++) {
+        for (int line = 0; line < 2 * bits * pairs; line++) /* 16 KB ahead: the next chunks, whose codes follow */
+            _mm_prefetch((const char *)codes + (size_t)(k * pairs * 2 * bits + line) * 64 + 16384, _MM_HINT_T1);
+        for (int pair = 0; pair < 16; pair++) {
+            vpairs w[4];
+#pragma GCC unroll 4
+            for (int v = 0; v < 2 * pairs; v++) {
+                const u8 *p = codes + (size_t)(v / 2) * stride + (size_t)((k * 2 + v % 2) * 16 + pair) * 4 * (size_t)bits;
+                u32 mask;
+                memcpy(&mask, p, 4);
+                w[v] = bits == 1 ? _mm512_mask_blend_epi16(mask, first, second) : _mm512_permutexvar_epi16(codes32(p, bits), first);
+            }
+#pragma GCC unroll 4
+            for (int m = 0; m < rows; m++) {
+                vpairs a = vset_pair(x + m * ldx + k * 32 + pair * 2);
+#pragma GCC unroll 4
+                for (int v = 0; v < 2 * pairs; v++) sum[m][v] = vdot(sum[m][v], w[v], a);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < 2 * pairs; v++) vstore(y + m * ldy + v * VW, sum[m][v]);
+}
+
+/* One instance for each number of rows and of blocks, so that sums stay in registers. */
+static inline __attribute__((always_inline)) void few_of(
+    const int bits, int rows, int pairs, const u8 *codes, size_t stride, const u16 *table, int blocks, const u16 *x, long ldx,
+    float *y, long ldy) {
+    for (int m = 0, n; m < rows; m += n, x += n * ldx, y += n * ldy) {
+        n = rows - m >= 4 ? 4 : rows - m >= 2 ? 2 : 1;
+        if (pairs == 1) {
+            if (n == 4) few_rows(bits, 4, 1, codes, stride, table, blocks, x, ldx, y, ldy);
+            else if (n == 2) few_rows(bits, 2, 1, codes, stride, table, blocks, x, ldx, y, ldy);
+            else few_rows(bits, 1, 1, codes, stride, table, blocks, x, ldx, y, ldy);
+        } else if (n == 4) few_rows(bits, 4, 2, codes, stride, table, blocks, x, ldx, y, ldy);
+        else if (n == 2) few_rows(bits, 2, 2, codes, stride, table, blocks, x, ldx, y, ldy);
+        else few_rows(bits, 1, 2, codes, stride, table, blocks, x, ldx, y, ldy);
+    }
+}
+
+int product_of_codes(const u8 *codes, size_t stride, int pairs, int bits, const u16 *table, int blocks, const u16 *x, long ldx,
+                     int rows, float *y, long ldy) {
+    if (rows > 4) return 0;
+    switch (bits) {
+    case 1: few_of(1, rows, pairs, codes, stride, table, blocks, x, ldx, y, ldy); return 1;
+    case 2: few_of(2, rows, pairs, codes, stride, table, blocks, x, ldx, y, ldy); return 1;
+    case 4: few_of(4, rows, pairs, codes, stride, table, blocks, x, ldx, y, ldy); return 1;
+    default: return 0;
+    }
+}
+#define FEW
+#endif
+
 /* table[max(32, 2^bits)] */
 void unpack_bf16(const u8 *codes, int bits, const u16 *table, int groups, u16 *out) {
     switch (bits) {
@@ -89,5 +155,13 @@ void unpack_bf16(const u8 *codes, int bits, const u16 *table, int groups, u16 *o
 void unpack_bf16(const u8 *codes, int bits, const u16 *table, int groups, u16 *out) {
     for (int g = 0; g < groups; g++, codes += 4 * bits, out += 32)
         for (int i = 0; i < 32; i++) out[i] = table[code_at(codes, bits, 32, i)];
+}
+#endif
+
+#if !defined(FEW)
+int product_of_codes(const u8 *codes, size_t stride, int pairs, int bits, const u16 *table, int blocks, const u16 *x, long ldx,
+                     int rows, float *y, long ldy) {
+    (void)codes, (void)stride, (void)pairs, (void)bits, (void)table, (void)blocks, (void)x, (void)ldx, (void)rows, (void)y, (void)ldy;
+    return 0;
 }
 #endif
