@@ -185,3 +185,22 @@ def test_one_is_killed_in_the_middle_of_everything_and_the_other_goes_on(pair: P
     assert says(pair.at_a, "halved") == says(pair.at_b, "halved")
     assert put(pair.at_a, "half", data).status_code == 201
     assert says(pair.at_b, "half") == says(pair.at_a, "halved")
+
+
+def test_a_database_that_is_away_is_503_with_retry_after_and_its_return_needs_nobody(pair: Pair, postgres: Any) -> None:
+    asked = pair.at_b.get("/v1/models").json()
+    postgres.stop()
+    try:
+        for client, call in (
+            (pair.at_a, "/v1/models"),
+            (pair.at_b, "/v1/deltas"),
+            (pair.client(pair.b, KEY), "/version"),
+        ):
+            reply = client.get(call)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "registry_unavailable"), reply.text
+            assert reply.headers["retry-after"] == "2"
+        assert pair.at_b.get("/health").status_code == 200
+    finally:
+        postgres.start()
+    assert pair.at_b.get("/v1/models").json() == asked
+    assert pair.at_a.get("/v1/models").status_code == 200

@@ -28,17 +28,20 @@ class S3:
         self._server.start()
         host, port = self._server.get_host_and_port()
         self.environment = {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
-        os.environ |= self.environment
+        self.lead_here()
         import boto3
 
         boto3.client("s3", endpoint_url=self.environment["AWS_ENDPOINT_URL"], region_name="us-east-1").create_bucket(
             Bucket="deltas"
         )
 
+    def lead_here(self) -> None:
+        os.environ |= self.environment
+
     def url(self, name: str) -> str:
         return f"s3://deltas/{name}"
 
     def stop(self) -> None:
         for name in self.environment:
-            del os.environ[name]
+            os.environ.pop(name, None)
         self._server.stop()
