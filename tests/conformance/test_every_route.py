@@ -306,6 +306,8 @@ ELSEWHERE = {  # what needs a server that is full, failing, ending or slow; and 
     "delta_load_failed": "tests/faults/test_faults.py",
     "numerical_error": "tests/faults/test_faults.py",
     "internal_error": "tests/conformance/test_every_route.py",  # a bug: none is known
+    "registry_unavailable": "tests/accounts/test_postgres.py",
+    "store_unavailable": "tests/deltas/test_residency.py",
     "store_in_use": "tests/deltas/test_store.py",
     "incompatible_store": "tests/accounts/test_registry.py",
     "invalid_checkpoint": "tests/cli/test_main.py",

@@ -15,7 +15,7 @@ from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.limits import Limits
 from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.resident import ResidentDelta
-from deltaserve.errors import BadRequest, DeltaLoadFailed
+from deltaserve.errors import BadRequest, DeltaLoadFailed, StoreUnavailable
 from deltaserve.ids import DeltaDigest, Slot
 
 if TYPE_CHECKING:
@@ -221,6 +221,23 @@ def test_a_failed_load_is_told_once_and_then_tried_again(make: Callable[..., She
     with pytest.raises(DeltaLoadFailed):
         shelf.residency.try_pin(shelf.digests[0])
     shelf.files[shelf.digests[0]] = good
+    assert shelf.residency.slots[shelf.pin(0)] is not None
+
+
+def test_a_store_that_cannot_be_reached_is_no_fault_of_the_delta(
+    make: Callable[..., Shelf], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = make()
+
+    def unreachable(digest: DeltaDigest) -> Path:
+        raise StoreUnavailable(f"no answer for {digest[:12]}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shelf, "_path", unreachable)
+        assert shelf.residency.try_pin(shelf.digests[0]) is None
+        assert shelf.ready.acquire(timeout=WAIT_S)
+        with pytest.raises(StoreUnavailable):
+            shelf.residency.try_pin(shelf.digests[0])
     assert shelf.residency.slots[shelf.pin(0)] is not None
 
 

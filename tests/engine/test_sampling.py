@@ -248,6 +248,12 @@ def test_a_row_that_is_not_finite_is_flagged_and_its_neighbours_are_untouched(
     assert [found[0], found[2]] == [clean[0], clean[2]]
 
 
+def test_a_top_p_that_rounds_to_nothing_leaves_the_most_likely() -> None:
+    logits = logits_of(3)
+    [one] = sample(logits, [make_request(temperature=1.0, top_p=5e-324)], Fixed(0.99))
+    assert (one.finite, one.token_id) == (True, int(logits.argmax()))
+
+
 def test_a_row_that_its_parameters_made_infinite_is_flagged_and_draws_a_token_that_there_is() -> None:
     hostile = make_request(temperature=1.0, repetition_penalty=5e-324)
     [one] = sample(logits_of(1), [hostile], Fixed(0.5))

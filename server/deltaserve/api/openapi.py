@@ -35,8 +35,10 @@ from deltaserve.errors import (
     QueueFull,
     QuotaExceeded,
     RateLimited,
+    RegistryUnavailable,
     RequestTimeout,
     StorageFull,
+    StoreUnavailable,
     TemplateError,
     UnsupportedParameter,
 )
@@ -53,11 +55,20 @@ OURS = {"type": "object", "required": ["error"], "properties": {"error": {
 
 ANSWERS = (  # of a request for tokens
     *(ModelNotFound, ContextLengthExceeded, TemplateError, GrammarError, RateLimited, QueueFull),
-    *(EngineFailure, DeltaLoadFailed, NumericalError, Draining),
+    *(EngineFailure, DeltaLoadFailed, NumericalError, Draining, StoreUnavailable),
 )
 REFUSALS = (  # of an artifact
     *(ArtifactError, ArtifactCorrupt, ArtifactMismatch, ArtifactNotFinite, BaseMismatch, TemplateError),
-    *(ArtifactTooLarge, QuotaExceeded, DigestMismatch, RateLimited, StorageFull, NotFound, InvalidName),
+    *(
+        ArtifactTooLarge,
+        QuotaExceeded,
+        DigestMismatch,
+        RateLimited,
+        StorageFull,
+        NotFound,
+        InvalidName,
+        StoreUnavailable,
+    ),
 )
 
 
@@ -89,7 +100,9 @@ def document(app: FastAPI, open_paths: Iterable[str]) -> None:
                     del own["422"]
                 _add(own, _responses(map(BY_CODE.__getitem__, operation.pop(OWN, ()))))
                 if path not in open_paths:
-                    _add(own, _responses((AuthenticationFailed, PermissionDenied, DeltaServeError)))
+                    _add(
+                        own, _responses((AuthenticationFailed, PermissionDenied, DeltaServeError, RegistryUnavailable))
+                    )
                 if operation.get("parameters") or "requestBody" in operation:
                     _add(own, _responses((BadRequest,)))
                 if "requestBody" in operation:

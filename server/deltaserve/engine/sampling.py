@@ -152,5 +152,6 @@ def _narrow(probs: Tensor, requests: Sequence[Request]) -> Tensor:
     ordered = ordered.masked_fill(place >= k, 0)
     p = torch.tensor([r.params.top_p for r in requests], device=probs.device)[:, None]
     before = ordered.cumsum(-1) - ordered  # mass above each token
-    ordered = ordered.masked_fill(before >= p * ordered.sum(-1, keepdim=True), 0)
+    beyond = (place > 0) & (before >= p * ordered.sum(-1, keepdim=True))  # the first stays, where p rounds to 0 too
+    ordered = ordered.masked_fill(beyond, 0)
     return torch.zeros_like(probs).scatter_(1, index, ordered)
