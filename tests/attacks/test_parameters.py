@@ -45,6 +45,10 @@ COMPLETIONS: dict[str, tuple[dict[str, Any], set[int]]] = {
     "a prompt of a million tokens": ({"prompt": [5] * 1_000_000}, {400}),
     "a prompt of 20 MB": ({"prompt": "a" * 20_000_000}, {400}),
     "a million prompts": ({"prompt": ["a"] * 1_000_000}, {400}),
+    "a million prompts that are none": ({"prompt": [None] * 1_000_000}, {400}),
+    "a million unknown fields": ({f"k{i}": 1 for i in range(10**6)}, {400}),
+    "a million biases that are none": ({"logit_bias": {str(i): None for i in range(10**6)}}, {400}),
+    "a million stops that are none": ({"stop": [1] * 10**6}, {400}),
     "a token id of 2 to the 40": ({"prompt": [2**40]}, {400}),
     "a number of 4000 digits": ({"max_tokens": int("9" * 4000)}, {400}),
     "an answer without end": ({"max_tokens": 2**31}, {400}),
@@ -58,8 +62,9 @@ COMPLETIONS: dict[str, tuple[dict[str, Any], set[int]]] = {
 }  # fmt: skip
 CHATS: dict[str, tuple[dict[str, Any], set[int]]] = {
     "a million messages": ({"messages": [{"role": "user", "content": "a"}] * 10**6}, {400}),
+    "a million messages that are none": ({"messages": [1] * 10**6}, {400}),
     "a message of a million parts": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 400_000}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}] * 400_000}]},
         {400},
     ),
     "ten thousand tools": ({"tools": [TOOL] * 10_000, "messages": [{"role": "user", "content": "a"}]}, {400}),

@@ -16,7 +16,7 @@ from pydantic import Field
 from deltaserve.api.deps import CallerDep, Services, ServicesDep
 from deltaserve.api.openapi import REFUSALS, raises
 from deltaserve.api.paging import After, Limit, page
-from deltaserve.api.schemas import Text, Wire, example
+from deltaserve.api.schemas import Texts, Wire, example
 from deltaserve.deltas.parts import PIECE_BYTES
 from deltaserve.deltas.store import Destination, Stored
 from deltaserve.errors import (
@@ -56,7 +56,7 @@ class ChangeIn(Wire):
     canary: CanaryIn | None = None
     pinned: bool | None = None
     expires_in_s: Annotated[int, Field(ge=1, le=LONGEST_LIFE_S)] | None = None
-    shared_with: Annotated[list[Text], Field(max_length=1000)] | None = None
+    shared_with: Annotated[Texts, Field(max_length=1000)] | None = None
 
 
 async def condition(

@@ -104,6 +104,8 @@ def _of_validation(error: RequestValidationError, request: Request) -> BadReques
     first = details[0]
     if first["type"] == "json_invalid":
         return InvalidJson(f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    if first["loc"] == ("body",) and first["type"] == "value_error":
+        return BadRequest(f"the body: {first['msg']}")
     if first["loc"] == ("body",):
         sent = request.headers.get("content-type", "none")
         return InvalidJson(f"the body is no JSON object, or content-type ({sent}) is not application/json")

@@ -5,7 +5,15 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from deltaserve.engine.types import MAX_LOGPROBS
 
@@ -13,6 +21,16 @@ MAX_CHOICES = 128
 MAX_PROMPTS = 128
 MAX_MIXED = 8
 MAX_TOOLS = 128
+
+
+ONE_FAULT = Field(fail_fast=True)  # of a list: a report of a million faults takes a gigabyte
+MAX_FIELDS = 1024  # of an object, for the same reason
+
+
+def _few(given: Any) -> Any:
+    if isinstance(given, dict) and len(given) > MAX_FIELDS:
+        raise ValueError(f"over {MAX_FIELDS} fields")
+    return given
 
 
 def _encodable(text: str) -> str:
@@ -27,12 +45,15 @@ def _encodable(text: str) -> str:
 Text: TypeAlias = Annotated[str, AfterValidator(_encodable)]
 StopString: TypeAlias = Annotated[Text, Field(min_length=1, max_length=1024)]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1), ONE_FAULT]
+Texts: TypeAlias = Annotated[list[Text], ONE_FAULT]
+Batch: TypeAlias = Annotated[list[TokenIds], ONE_FAULT]
 Bias: TypeAlias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
 class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    _bounded = model_validator(mode="before")(_few)
 
 
 def example(**fields: Any) -> ConfigDict:
@@ -73,7 +94,9 @@ class StructuredOutputs(Wire):
     json_: Annotated[dict[str, Any] | Text | None, Field(alias="json")] = None
     json_object: bool | None = None
     regex: Text | None = None
-    choice: Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1, max_length=1024)] | None = None
+    choice: (
+        Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1, max_length=1024), ONE_FAULT] | None
+    ) = None
     grammar: Text | None = None
 
 
@@ -86,7 +109,7 @@ class Generation(Wire):
     """The fields that both endpoints share. None = the model's own default, else the server's."""
 
     model: Text
-    mixture: Annotated[list[MixedModel], Field(min_length=1, max_length=MAX_MIXED)] | None = None
+    mixture: Annotated[list[MixedModel], Field(min_length=1, max_length=MAX_MIXED), ONE_FAULT] | None = None
     mixture_divergence: Literal["reverse_kl", "forward_kl", "alpha"] | None = None
     mixture_alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
     stream: bool | None = None
@@ -100,9 +123,9 @@ class Generation(Wire):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024), BeforeValidator(_few)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16), ONE_FAULT] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128), ONE_FAULT] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -130,7 +153,7 @@ class CompletionIn(Generation):
 
     model_config = example(model="acme", prompt="Once upon a time", max_tokens=32, temperature=0)
 
-    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: Text | TokenIds | Annotated[Texts | Batch, Field(min_length=1, max_length=MAX_PROMPTS)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -178,9 +201,9 @@ class ToolCall(Wire):
 
 class Message(Wire):
     role: Annotated[Text, Field(min_length=1, max_length=64)]
-    content: Text | list[TextPart] | None = None
+    content: Text | Annotated[list[TextPart], ONE_FAULT] | None = None
     name: Annotated[Text, Field(max_length=128)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_TOOLS), ONE_FAULT] | None = None
     tool_call_id: Annotated[Text, Field(max_length=128)] | None = None
     # What the openai client sends back of an earlier answer: fields that this server leaves empty.
     refusal: None = None
@@ -239,10 +262,10 @@ class ChatIn(Generation):
 
     model_config = example(model="acme", messages=[{"role": "user", "content": "Hello"}], max_tokens=32, stream=True)
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096), ONE_FAULT]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS), ONE_FAULT] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None

@@ -13,7 +13,7 @@ from deltaserve.api.deltas import destination, in_pieces, largest
 from deltaserve.api.deps import CallerDep, ServicesDep
 from deltaserve.api.multipart import OVERHEAD_BYTES, OneFile
 from deltaserve.api.openapi import REFUSALS, raises
-from deltaserve.api.schemas import Text, Wire, example
+from deltaserve.api.schemas import ONE_FAULT, Text, Wire, example
 from deltaserve.deltas.parts import MAX_PART_BYTES
 from deltaserve.errors import (
     ArtifactTooLarge,
@@ -58,7 +58,9 @@ class CompleteIn(Wire):
 
     model_config = example(part_ids=["part_" + 64 * "0", "part_" + 64 * "1"], sha256=64 * "2")
 
-    part_ids: Annotated[list[Annotated[Text, Field(max_length=128)]], Field(min_length=1, max_length=MAX_PARTS)]
+    part_ids: Annotated[
+        list[Annotated[Text, Field(max_length=128)]], Field(min_length=1, max_length=MAX_PARTS), ONE_FAULT
+    ]
     md5: Annotated[str, Field(pattern="^[0-9a-fA-F]{32}$")] | None = None
     sha256: Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")] | None = None
 
