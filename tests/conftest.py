@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +26,7 @@ def _support(name: str) -> ModuleType:
     """tests/support/NAME.py; under --import-mode=importlib a test folder is on no path."""
     spec = importlib.util.spec_from_file_location(f"support_{name}", Path(__file__).parent / "support" / f"{name}.py")
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -196,6 +197,19 @@ def make_tenant(
 def process() -> ModuleType:
     """tests/support/server.py: `ServerProcess`, `wait_until`."""
     return _support("server")
+
+
+@pytest.fixture(scope="session")
+def kills() -> ModuleType:
+    """tests/support/kills.py: `Scene`."""
+    return _support("kills")
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Any]:
+    """tests/support/nursery.py: servers that start at once, one at a time."""
+    with _support("nursery").nursery() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

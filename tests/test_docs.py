@@ -37,7 +37,7 @@ def test_every_command_that_the_readme_shows_exists(capsys: pytest.CaptureFixtur
     shown = set(re.findall(r"deltaserve (\w+)", (ROOT / "README.md").read_text(encoding="utf-8")))
     commands = {"compress", "inspect", "restore", "evaluate", "compare"}
     commands |= {"serve", "demo", "push", "models", "complete", "delete"}
-    commands |= {"tenant", "key", "usage", "audit"}
+    commands |= {"tenant", "key", "usage", "audit", "doctor"}
     for command in sorted(shown & commands):
         assert main([command, "--help"]) == 0
         assert capsys.readouterr().out.startswith("usage: deltaserve")

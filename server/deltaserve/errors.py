@@ -277,13 +277,13 @@ class Draining(DeltaServeError):
 
 
 class RegistryUnavailable(DeltaServeError):
-    """The database cannot be reached now."""
+    """The database cannot be reached, or not be written."""
 
     code, http_status, retry_after_s = "registry_unavailable", 503, 2
 
 
 class StoreUnavailable(DeltaServeError):
-    """The bucket cannot be reached now."""
+    """The bucket cannot be reached, or the disk not be written."""
 
     code, http_status, retry_after_s = "store_unavailable", 503, 2
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import hashlib
+import io
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +16,7 @@ import httpx
 import pytest
 import uvicorn
 
+from deltaserve import cli
 from deltaserve.api.generation import Generation
 from deltaserve.app import build_services, create_app
 from deltaserve.engine.grammars import MatcherGuide
@@ -125,3 +130,34 @@ def site(
         made.upload(name, tenants[name].artifact)
     yield made
     made.close()
+
+
+FILES = ("sign", "sparse", "lowrank", "chatty")
+PROMPT = "Many fine-tunes"
+
+
+@pytest.fixture(scope="package")
+def scene(
+    kills: Any, nursery: Any, tiny_base: Path, tenants: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """tests/support/kills.py `Scene`; nothing is wrong with a store if the doctor says so."""
+    chosen = [tenants[name] for name in FILES]
+    answers = {}
+    for tenant in chosen:
+        text, _ = tenant.greedy(tenant.encode(PROMPT), 8)
+        answers[hashlib.sha256(tenant.artifact).hexdigest()] = (PROMPT, text)
+    made = kills.Scene(
+        nursery, tiny_base, tmp_path_factory.mktemp("kills"), [tenant.artifact for tenant in chosen], answers, diagnose
+    )
+    made.build()
+    return made
+
+
+def diagnose(store: Path) -> Iterator[str]:
+    """What the doctor finds, but for a disk that is small on purpose."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        cli.main(["doctor", "--store", str(store), "--json"])
+    for finding in json.loads(told.getvalue())["findings"]:
+        if finding["check"] != "room":
+            yield f"{finding['subject']}: {finding['message']}"

@@ -1,6 +1,7 @@
 """The command line: which command is in which module, and what an error becomes for the shell.
 
     0  done      1  failed: one `error: …` on stderr      2  wrong usage      130  interrupted
+    doctor, too: 3  --repair would mend all that is wrong      4  something cannot be mended
 
 Only the module of the command that was named is imported, so that the client's commands need no server libraries.
 """
@@ -27,6 +28,7 @@ COMMANDS = {  # module → what its register(subparsers) adds
     "comparison": ("evaluate", "compare"),
     "serving": ("serve", "demo"),
     "bench": ("bench",),
+    "doctor": ("doctor",),
     "remote": ("push", "models", "complete", "delete"),
     "accounts": ("tenant", "key", "usage", "audit"),
 }

@@ -9,6 +9,7 @@ never another.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import threading
@@ -19,6 +20,16 @@ from typing import Protocol
 
 from deltaserve.deltas.tensorfile import sync_directory
 from deltaserve.tenants.registry import disk_full_is_an_answer
+
+logger = logging.getLogger(__name__)
+
+
+def object_key(digest: str) -> str:
+    return f"objects/{digest[:2]}/{digest}.safetensors"
+
+
+def part_key(upload_id: str, digest: str) -> str:
+    return f"parts/{upload_id}/{digest}"
 
 
 class Files(Protocol):
@@ -35,21 +46,27 @@ class Files(Protocol):
         """A file on this disk with the bytes, while it is read. Raises FileNotFoundError."""
 
     def remove(self, key: str) -> None:
-        """Harmless where there is none."""
+        """Harmless where there is none, and where nothing can be removed."""
 
     def keys(self, prefix: str) -> Iterator[str]:
         """Those under a folder."""
 
     def close(self) -> None: ...
 
+    def size(self, key: str) -> int:
+        """Bytes. Raises FileNotFoundError."""
+
 
 class LocalFiles:
-    """In folders under `root`, which belongs to this process alone."""
+    """In folders under `root`, which belongs to this process alone. `clears`: what was on its way in goes; without, it
+    changes nothing until it is told to."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, clears: bool = True) -> None:
         self._root = root
         self._moving = threading.Lock()  # an empty folder goes, or something comes into it
         self.incoming = root / "incoming"
+        if not clears:
+            return
         shutil.rmtree(self.incoming, ignore_errors=True)
         for folder in ("objects", "parts", "incoming"):
             (root / folder).mkdir(parents=True, exist_ok=True)
@@ -75,7 +92,10 @@ class LocalFiles:
     def remove(self, key: str) -> None:
         path = self.path(key)
         with self._moving:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:  # no row names it any more: a start or the doctor removes it
+                logger.warning("%s stays where it is: %s", path, error.strerror)
             with contextlib.suppress(OSError):  # others are in it
                 path.parent.rmdir()
 
@@ -85,3 +105,6 @@ class LocalFiles:
 
     def close(self) -> None:
         """Nothing is open."""
+
+    def size(self, key: str) -> int:
+        return self.path(key).stat().st_size

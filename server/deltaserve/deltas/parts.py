@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
+from deltaserve.deltas.files import part_key
 from deltaserve.deltas.store import DeltaStore, Destination, Stored, Upload
 from deltaserve.errors import BadRequest, DigestMismatch, NotFound, RateLimited
 from deltaserve.tenants.accounts import Accounts, Caller, Tenant
@@ -108,7 +109,7 @@ class PartStore:
         digest = file.finish(None)
         with nullcontext() if self._is_shared else self._lock:
             self.uploads.again(upload).check_pending()
-            key = _key(upload, digest)
+            key = part_key(upload.id, digest)
             try:
                 named = self._store.bring_in(key, file.path)
                 with self._registry.write():
@@ -220,7 +221,7 @@ class PartStore:
     def _join(self, upload: PartedUpload, parts: Sequence[Part], file: Upload, *, with_md5: bool) -> str | None:
         digest = hashlib.md5(usedforsecurity=False) if with_md5 else None
         for part in parts:
-            with self._files.reading(_key(upload, part.sha256)) as path, path.open("rb") as source:
+            with self._files.reading(part_key(upload.id, part.sha256)) as path, path.open("rb") as source:
                 while piece := source.read(PIECE_BYTES):
                     file.write(piece)
                     if digest:
@@ -239,7 +240,7 @@ class PartStore:
                 now.check_pending()
             parts = self.uploads.close(upload, status, **result)
             if self._is_shared:
-                self._store.removals.note((_key(upload, part.sha256) for part in parts), 0)
+                self._store.removals.note((part_key(upload.id, part.sha256) for part in parts), 0)
             return parts
 
     def _clear(self, upload: PartedUpload, parts: Sequence[Part]) -> None:
@@ -247,10 +248,10 @@ class PartStore:
             self._disclaim(upload)
         if not self._is_shared:
             for part in parts:
-                self._files.remove(_key(upload, part.sha256))
+                self._files.remove(part_key(upload.id, part.sha256))
 
     def _keys(self, upload: PartedUpload) -> set[str]:
-        return {_key(upload, part.sha256) for part in self.uploads.parts(upload)}
+        return {part_key(upload.id, part.sha256) for part in self.uploads.parts(upload)}
 
     def _hold(self, upload: PartedUpload) -> None:
         if upload.id not in self._held:
@@ -277,10 +278,6 @@ def _as_expected(upload: PartedUpload, md5: str | None, sha256: str | None) -> P
     _check_digest("md5", md5, upload.result["md5"] or md5)
     _check_digest("sha256", sha256, upload.result["sha256"])
     return upload
-
-
-def _key(upload: PartedUpload, sha256: str) -> str:
-    return f"parts/{upload.id}/{sha256}"
 
 
 def _check_digest(kind: str, given: str | None, found: str | None) -> None:

@@ -111,6 +111,10 @@ class S3Files:
             for page in self._obstore.list(self._store, f"{prefix}/"):
                 yield from (found["path"] for found in page)
 
+    def size(self, key: str) -> int:
+        with self._failing(key):
+            return int(self._obstore.head(self._store, key)["size"])
+
     def close(self) -> None:
         self._guard.close()
 

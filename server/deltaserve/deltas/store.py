@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaserve.deltas.files import Files
+from deltaserve.deltas.files import Files, object_key
 from deltaserve.errors import ArtifactTooLarge, DigestMismatch, StoreUnavailable
 from deltaserve.ids import DeltaDigest
 from deltaserve.tenants.accounts import Caller, Tenant
@@ -96,7 +96,8 @@ class Upload:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._file.close()  # a full disk may refuse the rest of the buffer
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed: a start does it
+            self.path.unlink(missing_ok=True)
 
 
 class DeltaStore:
@@ -139,7 +140,7 @@ class DeltaStore:
         version they were. `also` is written with it, or neither is. Raises InvalidName, StorageFull."""
         check_name(to.name)
         with self._kept(digest):  # if nothing comes of it, it goes
-            named = self.bring_in(_key(digest), upload.path)
+            named = self.bring_in(object_key(digest), upload.path)
             with self._registry.write():  # the new version comes and an old one goes, or neither
                 stored, replaced = self._record(to, upload.num_bytes, digest, summary)
                 also(stored)
@@ -280,7 +281,7 @@ class DeltaStore:
 
     def reading(self, digest: DeltaDigest) -> AbstractContextManager[Path]:
         """The object as a file on this disk, while it is read. Raises FileNotFoundError."""
-        return self.files.reading(_key(digest))
+        return self.files.reading(object_key(digest))
 
     def sweep(self) -> None:
         """Removes what has been due for removal, where files are shared; called every now and then. One at a time, in a
@@ -296,7 +297,9 @@ class DeltaStore:
     def _lost_a_name(self, digests: Sequence[DeltaDigest]) -> None:
         """Within the transaction that took it."""
         if self._registry.is_shared:
-            self.removals.note((_key(digest) for digest in digests if not self.models.is_named(digest)), self._grace_s)
+            self.removals.note(
+                (object_key(digest) for digest in digests if not self.models.is_named(digest)), self._grace_s
+            )
 
     def _remove_if_unused(self, digest: DeltaDigest) -> None:
         if self._registry.is_shared:
@@ -304,12 +307,8 @@ class DeltaStore:
         with self._lock:
             if self._leases[digest] or self.models.is_named(digest):
                 return
-            self.files.remove(_key(digest))
+            self.files.remove(object_key(digest))
             self._on_removed(digest)
-
-
-def _key(digest: DeltaDigest) -> str:
-    return f"objects/{digest[:2]}/{digest}.safetensors"
 
 
 def _digest(key: str) -> DeltaDigest:

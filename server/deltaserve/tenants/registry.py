@@ -17,21 +17,25 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from deltaserve.errors import StorageFull
+from deltaserve.errors import RegistryUnavailable, StorageFull, StoreUnavailable
 
 Row = tuple[Any, ...]
 
 
 @contextmanager
 def disk_full_is_an_answer() -> Iterator[None]:
-    """Turns a disk without room into StorageFull."""
+    """Turns a disk without room into StorageFull, one that cannot be written into Store- or RegistryUnavailable."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StorageFull("the store has no room for this; nothing of it was kept") from None
+        if error.errno in (errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM):
+            raise StoreUnavailable(f"the store cannot be written: {error.strerror}") from None
         raise
     except sqlite3.OperationalError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+            raise RegistryUnavailable(f"the registry cannot be written: {error}") from None
         raise StorageFull(f"the registry cannot be written: {error}") from None
 
 
@@ -76,6 +80,10 @@ class Registry(ABC):
     def write(self) -> AbstractContextManager[Transaction]:
         """A transaction, on disk when the outermost `with` ends; an exception takes it all back. Nobody else writes
         meanwhile. Raises StorageFull, RegistryUnavailable: then it may or may not be on disk."""
+
+    def integrity(self) -> list[str]:
+        """What the database finds wrong with itself."""
+        return []
 
     @abstractmethod
     def close(self) -> None: ...

@@ -9,37 +9,43 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from deltaserve.errors import StoreInUse
+from deltaserve.errors import IncompatibleStore, StoreInUse
 from deltaserve.tenants import migrations
 from deltaserve.tenants.registry import Registry, Row, Transaction, disk_full_is_an_answer
 
 
 class SqliteRegistry(Registry):
     """Opens, locks and migrates the registry in `root`; one process at a time. Raises StoreInUse,
-    IncompatibleStore."""
+    IncompatibleStore.
+
+    `is_alone` False: beside the process that works on it. `changes` False: as it is; writing fails.
+    """
 
     is_shared = False
 
-    def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        self._guard = (root / "lock").open("w")
-        try:
-            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process ends
-        except BlockingIOError:
-            self._guard.close()
-            raise StoreInUse(f"{root}: another server works on this store; each needs one of its own") from None
-        self._lock = threading.RLock()
-        self._depth = 0
-        self._connection = sqlite3.connect(root / "registry.sqlite", check_same_thread=False, isolation_level=None)
-        try:
-            for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-                self._connection.execute(f"PRAGMA {pragma}")
-            self._migrate()
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, root: Path, *, is_alone: bool = True, changes: bool = True) -> None:
+        if changes:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = root / "registry.sqlite"
+        with contextlib.ExitStack() as opened:
+            if is_alone:
+                opened.enter_context(_lock(root))
+            self._lock = threading.RLock()
+            self._depth = 0
+            try:
+                uri = f"{path.resolve().as_uri()}?mode={'rwc' if changes else 'ro'}"
+                self._connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
+                opened.callback(self._connection.close)
+                for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON") if changes else ():
+                    self._connection.execute(f"PRAGMA {pragma}")
+                self._migrate(changes=changes)
+            except sqlite3.OperationalError:  # the disk's, or a step's
+                raise
+            except sqlite3.DatabaseError as error:
+                raise IncompatibleStore(f"{path} cannot be used: {error}") from None
+            self._opened = opened.pop_all()
 
     def rows(self, sql: str, *values: Any) -> list[Row]:
         with self._lock:
@@ -58,9 +64,13 @@ class SqliteRegistry(Registry):
                 finally:
                     self._depth = 0
 
+    def integrity(self) -> list[str]:
+        checked = [str(row[0]) for row in self.rows("PRAGMA integrity_check") if row[0] != "ok"]
+        loose = self.rows("PRAGMA foreign_key_check")
+        return checked + [f"row {row} of {table} belongs to a row of {to} that is gone" for table, row, to, _ in loose]
+
     def close(self) -> None:
-        self._connection.close()
-        self._guard.close()
+        self._opened.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -73,11 +83,26 @@ class SqliteRegistry(Registry):
                 self._connection.execute("ROLLBACK")
             raise
 
-    def _migrate(self) -> None:
+    def _migrate(self, *, changes: bool) -> None:
         """`PRAGMA user_version` counts the steps."""
         (taken,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if not changes and list(migrations.missing(taken)):
+            raise IncompatibleStore(
+                f"the registry has schema {taken} of {len(migrations.STEPS)}; a server takes the steps at its start"
+            )
         for number, step in migrations.missing(taken):
             with self._transaction():
                 for statement in step:
                     self._connection.execute(statement)
                 self._connection.execute(f"PRAGMA user_version = {number}")
+
+
+def _lock(root: Path) -> TextIO:
+    """Raises StoreInUse."""
+    guard = (root / "lock").open("w")
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process ends
+    except BlockingIOError:
+        guard.close()
+        raise StoreInUse(f"{root}: another server works on this store; each needs one of its own") from None
+    return guard
