@@ -59,16 +59,8 @@ ANSWERS = (  # of a request for tokens
 )
 REFUSALS = (  # of an artifact
     *(ArtifactError, ArtifactCorrupt, ArtifactMismatch, ArtifactNotFinite, BaseMismatch, TemplateError),
-    *(
-        ArtifactTooLarge,
-        QuotaExceeded,
-        DigestMismatch,
-        RateLimited,
-        StorageFull,
-        NotFound,
-        InvalidName,
-        StoreUnavailable,
-    ),
+    *(ArtifactTooLarge, QuotaExceeded, DigestMismatch, RateLimited, StorageFull, StoreUnavailable),
+    *(NotFound, InvalidName),
 )
 
 
