@@ -144,7 +144,7 @@ def scene(
     chosen = [tenants[name] for name in FILES]
     answers = {}
     for tenant in chosen:
-        text, _ = tenant.greedy(tenant.encode(PROMPT), 8)
+        text, _ = tenant.greedy(tenant.encode(PROMPT), kills.MAX_TOKENS)
         answers[hashlib.sha256(tenant.artifact).hexdigest()] = (PROMPT, text)
     made = kills.Scene(
         nursery, tiny_base, tmp_path_factory.mktemp("kills"), [tenant.artifact for tenant in chosen], answers, diagnose

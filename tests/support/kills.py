@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ADMIN = "first-key"
+MAX_TOKENS = 12  # of an answer
 FLAGS = ("--keep-versions", "2")
 
 
@@ -30,7 +31,7 @@ def fresh(data: bytes, number: int) -> bytes:
 
 @dataclass
 class Scene:
-    """`artifacts`: four files; `answers`: of each file's weights by its digest, (prompt, text) of 8 greedy tokens.
+    """`artifacts`: four files; `answers`: of each file's weights by its digest, (prompt, text), greedy, MAX_TOKENS long.
     `check`: what is wrong with a store on which no server works."""
 
     nursery: Any
@@ -93,7 +94,7 @@ class Scene:
     def ask(self, http: httpx.Client, model: str, digest: str) -> None:
         """Raises AssertionError for an answer that is not that of the weights."""
         prompt, text = self.answers[digest]
-        body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 8}
+        body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": MAX_TOKENS}
         assert _did(http.post("/v1/completions", json=body))["choices"][0]["text"] == text, model
         self.num_versions += 1
 
