@@ -31,7 +31,7 @@ def fresh(data: bytes, number: int) -> bytes:
 
 @dataclass
 class Scene:
-    """`artifacts`: four files; `answers`: of each file's weights by its digest, (prompt, text), greedy, MAX_TOKENS long.
+    """`artifacts`: four files; `answers`: of each file by its digest: (prompt, text), greedy, MAX_TOKENS long.
     `check`: what is wrong with a store on which no server works."""
 
     nursery: Any
