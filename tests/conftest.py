@@ -213,6 +213,12 @@ def nursery() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
+def jobs() -> ModuleType:
+    """tests/support/jobs.py: `send`, `create`, `ended`, `workers`."""
+    return _support("jobs")
+
+
+@pytest.fixture(scope="session")
 def tenants(make_tenant: Callable[..., Tenant], tiny_base: Path, tiny_finetune: Path) -> dict[str, Tenant]:
     """The base and one tenant of each kind, by name. lowrank: generation defaults. chatty: tokens, template, eos."""
     defaults = {"top_k": 1, "do_sample": True, "max_new_tokens": 7}

@@ -16,21 +16,37 @@ import transformers
 from fastapi import FastAPI
 
 from deltaserve import __version__
-from deltaserve.api import admin, chat, completions, deltas, errors, health, loras, models, uploads, usage
+from deltaserve.api import (
+    admin,
+    chat,
+    completions,
+    compressions,
+    deltas,
+    errors,
+    files,
+    health,
+    loras,
+    models,
+    uploads,
+    usage,
+)
 from deltaserve.api.deps import Services, needs
 from deltaserve.api.metering import ResidencyMeter
 from deltaserve.api.middleware import OPEN_PATHS, Authenticate, Identify
 from deltaserve.api.openapi import document
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.deltas.compressions import Compressions
 from deltaserve.deltas.imports import ImportRoot
 from deltaserve.deltas.intake import Intake
+from deltaserve.deltas.job_runner import Bounds, JobRunner
 from deltaserve.deltas.limits import Limits
 from deltaserve.deltas.manifest import Manifest
 from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.places import open_places
 from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.sightings import Sightings
+from deltaserve.deltas.staging import Staging
 from deltaserve.deltas.store import DeltaStore
 from deltaserve.engine.blocks import BlockPool
 from deltaserve.engine.grammars import Grammars
@@ -48,13 +64,14 @@ from deltaserve.model.load import load_model
 from deltaserve.model.served import ServedModel
 from deltaserve.settings import Settings
 from deltaserve.tenants.accounts import Accounts, Scope
+from deltaserve.tenants.jobs import Jobs
 from deltaserve.tenants.keys import Keys
 from deltaserve.tenants.limits import Gate
 from deltaserve.tenants.usage import Usage
 
 logger = logging.getLogger(__name__)
 MAX_THREADS = 512  # most of them asleep, waiting for disks, templates and tokenizers
-MAX_UPLOADS = max((os.cpu_count() or 1) // 4, 1)  # that are written or checked at once: serving needs the other cores
+FEW_CORES = max((os.cpu_count() or 1) // 4, 1)  # for uploads and jobs: serving needs the others
 LONGEST_DEFAULT = 8192  # tokens of max_model_len where the settings do not say
 STEP_TOKENS = {"cuda": 1024, "cpu": 256}  # of max_num_batched_tokens where the settings do not say
 SWEEP_S = 60.0
@@ -139,7 +156,14 @@ def build_services(settings: Settings) -> Services:
     intake = Intake(store, base, [model.check_servable, check_template], settings.max_upload_bytes)
     gate = Gate()
     store.delete_expired()
-    parted = PartStore(registry, accounts, store, intake.accept, gate, expires_s=settings.upload_expires_s)
+    staging = Staging(registry, store, expires_s=settings.upload_expires_s)
+    parted = PartStore(
+        registry, accounts, store, intake.accept, gate, stage=staging.keep, expires_s=settings.upload_expires_s
+    )
+    jobs = Jobs(registry)
+    threads = settings.job_threads or FEW_CORES
+    bounds = Bounds(settings.jobs, threads, settings.job_memory_bytes, settings.job_timeout_s)
+    job_runner = JobRunner(jobs, accounts, staging, intake, base, bounds, on_published=lambda: services.keep_pinned())
     runner = Runner(model, residency.slots, settings.block_size)
     blocks = BlockPool(num_blocks, settings.block_size, os.urandom(32) if settings.prefix_caching else None)
     _warm_up(runner, model, text, blocks)
@@ -188,13 +212,16 @@ def build_services(settings: Settings) -> Services:
         store=store,
         intake=intake,
         parts=parted,
+        staging=staging,
+        compressions=Compressions(registry, jobs, staging, base, text.check_template, job_runner),
         imports=imports,
         residency=residency,
         sightings=sightings,
         metrics=metrics,
-        upload_pool=ThreadPoolExecutor(MAX_UPLOADS, thread_name_prefix="upload"),
+        upload_pool=ThreadPoolExecutor(FEW_CORES, thread_name_prefix="upload"),
     )
     services.keep_pinned()
+    job_runner.start(is_alone=not registry.is_shared)
     metrics.read_gauges_from(lambda: _gauges(services, blocks))
     logger.info(
         "base %s (%s…) on %s as %s; context %d tokens, KV cache %d tokens; %s",
@@ -215,6 +242,7 @@ def create_app(services: Services) -> FastAPI:
         chores = [
             asyncio.create_task(_every(SWEEP_S, services.parts.sweep)),
             asyncio.create_task(_every(SWEEP_S, services.store.delete_expired)),
+            asyncio.create_task(_every(SWEEP_S, services.compressions.sweep)),
             asyncio.create_task(_every(METER_S, meter.read)),
         ]
         if services.registry.is_shared:
@@ -242,6 +270,8 @@ def create_app(services: Services) -> FastAPI:
         (models.changing, needs(Scope.MANAGE)),
         (deltas.changing, needs(Scope.MANAGE)),
         (uploads.router, needs(Scope.MANAGE)),
+        (files.router, needs(Scope.MANAGE)),
+        (compressions.router, needs(Scope.MANAGE)),
         (loras.router, needs()),
         (health.metrics_router, needs(Scope.METRICS)),
         (health.router, needs(*Scope)),
@@ -261,6 +291,7 @@ def close_services(services: Services) -> None:
     """Ends what runs, and every thread and process of `services`."""
     services.engine.stop()
     services.upload_pool.shutdown()
+    services.compressions.close()
     services.residency.close()
     services.text.close()
     services.grammars.close()
@@ -353,6 +384,8 @@ def _gauges(services: Services, blocks: BlockPool) -> Iterable[Gauge]:
     yield "vllm:num_requests_running", "requests in the batch", {}, services.engine.num_running
     yield "vllm:num_requests_waiting", "requests in the queue", {}, services.engine.num_waiting
     yield "vllm:kv_cache_usage_perc", "share of KV blocks held", {}, 1 - blocks.num_free / blocks.num_blocks
+    for status, count in services.compressions.jobs.counts().items():
+        yield "deltaserve:jobs", "compressions that wait and run", {"status": status}, count
     for tier, count in services.residency.counts().items():
         yield "deltaserve:deltas", "deltas by tier", {"tier": tier}, count
     for tier, size in services.residency.tier_bytes().items():

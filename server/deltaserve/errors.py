@@ -9,6 +9,7 @@
     │   ├── TemplateError                   chat_template_error        400
     │   ├── GrammarError                    invalid_grammar            400
     │   ├── UploadClosed                    upload_closed              400
+    │   ├── JobClosed                       job_closed                 400
     │   └── DigestMismatch                  digest_mismatch            400
     ├── AuthenticationFailed                invalid_api_key            401
     ├── PermissionDenied                    insufficient_permissions   403
@@ -19,6 +20,7 @@
     ├── RequestTimeout                      request_timeout            408
     ├── NameConflict                        name_conflict              409
     ├── VersionInUse                        version_in_use             409
+    ├── FileInUse                           file_in_use                409
     ├── StoreInUse                          store_in_use               409
     ├── IncompatibleStore                   incompatible_store         409
     ├── PreconditionFailed                  precondition_failed        412
@@ -28,7 +30,7 @@
     │   ├── ArtifactMismatch                artifact_mismatch          422
     │   ├── ArtifactNotFinite               artifact_not_finite        422
     │   └── BaseMismatch                    base_mismatch              422
-    ├── CheckpointError                     invalid_checkpoint         422   (command line: files that cannot be used)
+    ├── CheckpointError                     invalid_checkpoint         422
     ├── CodecError                          invalid_codec_config       422
     ├── RateLimited                         rate_limit_exceeded        429   + Retry-After
     ├── QueueFull                           queue_full                 429   + Retry-After
@@ -110,6 +112,12 @@ class UploadClosed(BadRequest):
     code = "upload_closed"
 
 
+class JobClosed(BadRequest):
+    """The job has ended; there is nothing to cancel."""
+
+    code = "job_closed"
+
+
 class DigestMismatch(BadRequest):
     """What was received is not what its digest says."""
 
@@ -170,6 +178,12 @@ class VersionInUse(DeltaServeError):
     code, http_status = "version_in_use", 409
 
 
+class FileInUse(DeltaServeError):
+    """A job that waits or runs is to read the file."""
+
+    code, http_status = "file_in_use", 409
+
+
 class StoreInUse(DeltaServeError):
     """Another server works on the store (at start only)."""
 
@@ -225,13 +239,13 @@ class BaseMismatch(ArtifactError):
 
 
 class CheckpointError(DeltaServeError):
-    """Files of a checkpoint that cannot be used (command line)."""
+    """Files of a checkpoint that cannot be used, or are no fine-tune of the base."""
 
     code, http_status = "invalid_checkpoint", 422
 
 
 class CodecError(DeltaServeError):
-    """A codec's options that make no sense (command line)."""
+    """A codec, or a budget for it, that there is not."""
 
     code, http_status = "invalid_codec_config", 422
 

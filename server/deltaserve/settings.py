@@ -110,6 +110,12 @@ class Settings(BaseSettings):
     upload_expires_s: int = Field(
         86400, ge=1, le=30 * 86400, description="seconds after its last part that an upload in parts waits for the next"
     )
+    jobs: int = Field(1, ge=0, le=64, description="uploaded checkpoints compressed at once; 0 = none are taken")
+    job_threads: int | None = Field(None, ge=1, description="CPU threads of a job (default: a quarter of the cores)")
+    job_memory_bytes: int | None = Field(
+        None, ge=2**30, description="address space of a job, files it reads included (default: no bound)"
+    )
+    job_timeout_s: int = Field(86400, ge=1, description="seconds that a job may run")
     keep_versions: int = Field(3, ge=1, le=1000, description="versions of a model that stay, to roll back to")
     shutdown_timeout_s: int = Field(30, ge=0, description="seconds that running requests get after SIGTERM")
     keep_alive_timeout_s: int = Field(

@@ -46,7 +46,7 @@ def work(root, what, fatal):
     me = Caller(acme, "k", frozenset({Scope.MANAGE}))
     now = time.time()
     parts = PartStore(registry, accounts, store, lambda to, file, sha256, also: store.commit(
-        to, file, file.finish(sha256), {}, also), Gate(), expires_s=100, clock=lambda: now)
+        to, file, file.finish(sha256), {}, also), Gate(), stage=None, expires_s=100, clock=lambda: now)
     uploads = {upload.filename: upload for upload in parts.uploads.all_pending()}
 
     def step():
@@ -128,7 +128,7 @@ def build(root: Path) -> None:
     registry = SqliteRegistry(root)
     accounts = Accounts(registry)
     keys, store = Keys(registry, accounts, "first"), DeltaStore(registry, LocalFiles(root), keep_versions=2)
-    parts = PartStore(registry, accounts, store, Refuse(), Gate(), expires_s=100)
+    parts = PartStore(registry, accounts, store, Refuse(), Gate(), stage=Refuse(), expires_s=100)
     acme = accounts.create("acme", "test")
     keys.create(acme, [Scope.MANAGE], "test")
     for data in (b"one", b"two"):
@@ -170,7 +170,7 @@ def look(root: Path) -> dict[str, Any]:
         named |= {version.digest for version in versions}
         pointers = (model.active.number, model.canary and vars(model.canary), model.pinned, model.shared_with)
         state["models"].append((model.owner, model.name, pointers, [version.number for version in versions]))
-    parts = PartStore(registry, accounts, store, Refuse(), Gate(), expires_s=100)
+    parts = PartStore(registry, accounts, store, Refuse(), Gate(), stage=Refuse(), expires_s=100)
     state["uploads"] = []
     for key, filename in registry.rows("SELECT id, filename FROM uploads ORDER BY filename DESC"):
         pending = parts.uploads.find(admin, key)

@@ -13,6 +13,8 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
+    from types import ModuleType
 
 OPEN = {("GET", "/health")}
 # What acme may call globex's models, and the same for models that nobody has.
@@ -44,7 +46,9 @@ class Api:
         if body is None:
             return {"method": method, "url": url}
         if "multipart/form-data" in body["content"]:
-            return {"method": method, "url": url, "files": {"data": b"user"}}
+            fields = body["content"]["multipart/form-data"]["schema"]["properties"]
+            name = next(name for name, field in fields.items() if field.get("format") == "binary")
+            return {"method": method, "url": url, "files": {name: b"user"}}
         if "application/octet-stream" in body["content"]:
             return {"method": method, "url": url, "content": b"user"}
         value = self._value(body["content"]["application/json"]["schema"], model)
@@ -156,6 +160,35 @@ def test_another_tenants_upload_answers_like_none_on_every_route(api: Api, town:
         assert answers(replies[0], upload) == answers(replies[1], absent), (method, path)
     assert town["globex"].get(f"/v1/uploads/{upload}").json() == before
     assert town["globex"].post(f"/v1/uploads/{upload}/cancel").status_code == 200
+
+
+def test_another_tenants_file_and_job_answer_like_none_on_every_route(
+    api: Api, town: Any, jobs: ModuleType, tiny_finetune: Path
+) -> None:
+    """And their files make no job of one's own."""
+    form: dict[str, Any] = {"data": {"purpose": "user_data"}, "files": {"file": ("config.json", b"{}")}}
+    file = town["globex"].post("/v1/files", **form).json()["id"]
+    job = jobs.create(town["globex"], "theirs", jobs.send(town["globex"], tiny_finetune), codec="bitdelta")["id"]
+    assert town["globex"].post(f"/v1/compressions/{job}/cancel").status_code == 200
+    before = town["globex"].get("/v1/compressions").json()
+    for name, theirs, absent, count in (
+        ("{file_id}", file, f"file-{'0' * 32}", 2),
+        ("{compression_id}", job, f"compression-{'0' * 32}", 3),
+    ):
+        routes = [route for route in api.routes if name in route[1]]
+        assert len(routes) == count
+        for method, path in routes:
+            one, none = (town["acme"].request(**api.request(method, path, key)) for key in (theirs, absent))
+            assert (one.status_code, none.status_code) == (404, 404), (method, path, one.text)
+            assert answers(one, theirs) == answers(none, absent), (method, path)
+    one, none = (
+        town["acme"].post("/v1/compressions", json={"name": "m", "files": [key]}) for key in (file, f"file-{'0' * 32}")
+    )
+    assert one.status_code == 404 and answers(one, file) == answers(none, f"file-{'0' * 32}")
+    assert town["acme"].get("/v1/compressions", params={"after": job}).status_code == 404
+    assert town["acme"].get("/v1/compressions").json()["data"] == town["acme"].get("/v1/files").json()["data"] == []
+    assert town["globex"].get("/v1/compressions").json() == before
+    assert town["globex"].delete(f"/v1/files/{file}").status_code == 200
 
 
 def wrong_callers(town: Any) -> Iterator[tuple[str, httpx.Client, int]]:

@@ -9,7 +9,7 @@ import json
 import httpx
 import pytest
 
-from deltaserve.cli import remote
+from deltaserve.cli import connection, jobs, remote
 from deltaserve_client import Client
 
 
@@ -20,7 +20,7 @@ class Terminal:
         self.replies, self.requests = {}, []
         self._capsys = capsys
         transport = httpx.MockTransport(self._answer)
-        monkeypatch.setattr(remote, "Client", functools.partial(Client, transport=transport, sleep=lambda _: None))
+        monkeypatch.setattr(connection, "Client", functools.partial(Client, transport=transport, sleep=lambda _: None))
 
     def _answer(self, request):
         self.requests.append(request)
@@ -28,7 +28,9 @@ class Terminal:
 
     def run(self, *words):
         parser = argparse.ArgumentParser()
-        remote.register(parser.add_subparsers(required=True))
+        commands = parser.add_subparsers(required=True)
+        remote.register(commands)
+        jobs.register(commands)
         args = parser.parse_args([str(word) for word in words])
         self.status = args.run(args)
         self.out, self.err = self._capsys.readouterr()

@@ -41,7 +41,7 @@ class Clinic:
         registry = SqliteRegistry(root)
         accounts = Accounts(registry)
         store = DeltaStore(registry, LocalFiles(root), keep_versions=3)
-        parts = PartStore(registry, accounts, store, store.commit, Gate(), expires_s=100)  # type: ignore[arg-type]
+        parts = PartStore(registry, accounts, store, store.commit, Gate(), stage=None, expires_s=100)  # type: ignore[arg-type]
         for tenant, files in (("acme", (b"one", b"two", b"three")), ("globex", (b"two",))):
             owner = accounts.create(tenant, "test", Limits(max_models=9))
             Keys(registry, accounts, "first").create(owner, [Scope.INFERENCE], "test")

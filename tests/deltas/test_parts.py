@@ -13,6 +13,7 @@ import pytest
 from deltaserve.deltas import parts as parts_module
 from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.places import open_places
+from deltaserve.deltas.staging import Staging
 from deltaserve.deltas.store import DeltaStore, Destination, Stored, Upload
 from deltaserve.errors import (
     BadRequest,
@@ -54,9 +55,10 @@ class Yard:
             self.accounts.create("acme", "test")
         self.store = DeltaStore(self.registry, self.on_disk, keep_versions=9)
         self.gate = Gate()
+        self.staging = Staging(self.registry, self.store, expires_s=EXPIRES_S, clock=lambda: self.now)
         self.parts = PartStore(
-            self.registry, self.accounts, self.store, self._accept, self.gate, expires_s=EXPIRES_S,
-            clock=lambda: self.now,
+            self.registry, self.accounts, self.store, self._accept, self.gate, stage=self.staging.keep,
+            expires_s=EXPIRES_S, clock=lambda: self.now,
         )  # fmt: skip
 
     def _accept(self, to: Destination, file: Upload, sha256: str | None, also: Callable[[Stored], None]) -> Stored:

@@ -74,7 +74,7 @@ def test_kernels_import_without_triton() -> None:
 
 def test_only_settings_and_command_line_read_the_environment() -> None:
     """The client and the command line read their own variables; a child process inherits an environment."""
-    allowed = {"server/deltaserve/settings.py", "server/deltaserve/cli/remote.py"}
+    allowed = {"server/deltaserve/settings.py", "server/deltaserve/cli/connection.py"}
     knob = re.compile(r"os\.environ(?!,)|os\.getenv|os\.putenv")
     found = {path.relative_to(ROOT).as_posix() for path in python_files(*SOURCES[:2]) if knob.search(path.read_text())}
     assert found <= allowed

@@ -10,6 +10,7 @@ import pytest
 from deltaserve.deltas import store as store_module
 from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.places import open_places
+from deltaserve.deltas.staging import Staging
 from deltaserve.deltas.store import DeltaStore, Destination, Stored, Upload
 from deltaserve.errors import ModelNotFound, QuotaExceeded, StoreUnavailable, UploadClosed
 from deltaserve.ids import DeltaDigest
@@ -33,7 +34,10 @@ class Server:
         self.me = Caller(self.accounts.default, "k", frozenset({Scope.MANAGE}))
         self.removed: list[str] = []
         self.store = DeltaStore(self.registry, self.files, keep_versions=2, on_removed=self.removed.append)
-        self.parts = PartStore(self.registry, self.accounts, self.store, self._accept, Gate(), expires_s=100)
+        staging = Staging(self.registry, self.store, expires_s=100)
+        self.parts = PartStore(
+            self.registry, self.accounts, self.store, self._accept, Gate(), stage=staging.keep, expires_s=100
+        )
 
     def _accept(self, to: Destination, file: Upload, sha256: str | None, also: Callable[[Stored], None]) -> Stored:
         return self.store.commit(to, file, file.finish(sha256), {}, also)

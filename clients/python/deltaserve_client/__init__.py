@@ -31,7 +31,7 @@ from deltaserve_client.errors import (
     UnexpectedReply,
     Unprocessable,
 )
-from deltaserve_client.types import Choice, Completion, Delta, Model, Version
+from deltaserve_client.types import Choice, Completion, Compression, Delta, Model, Version
 
 __all__ = [
     "DEFAULT_URL",
@@ -41,6 +41,7 @@ __all__ = [
     "Choice",
     "Client",
     "Completion",
+    "Compression",
     "Conflict",
     "ConnectionFailed",
     "Delta",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import httpx
 
-from deltaserve_client import calls, replies
+from deltaserve_client import calls, checkpoint, replies
 from deltaserve_client.artifact import Artifact
 from deltaserve_client.errors import ApiError, ConnectionFailed, Unavailable
 from deltaserve_client.retry import Attempts
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 
     from deltaserve_client.artifact import Progress
-    from deltaserve_client.types import Completion, Delta, Json, Model, Version
+    from deltaserve_client.types import Completion, Compression, Delta, Json, Model, Version
 
 T = TypeVar("T")
 
@@ -62,6 +62,28 @@ class AsyncClient:
     async def delete(self, name: str) -> None:
         await self._ask(calls.delete(name))
 
+    async def compress(
+        self, name: str, directory: str | os.PathLike[str], *, progress: Progress | None = None, **options: Any
+    ) -> Compression:
+        return await self._follow(checkpoint.compress(name, directory, options, progress))
+
+    async def wait(
+        self, job: Compression | str, *, progress: Callable[[Compression], None] | None = None
+    ) -> Compression:
+        return await self._follow(checkpoint.wait(job if isinstance(job, str) else job.id, progress))
+
+    async def compression(self, job_id: str) -> Compression:
+        return await self._ask(calls.compression(job_id))
+
+    async def compressions(self) -> list[Compression]:
+        return await self._ask(calls.compressions())
+
+    async def compression_events(self, job_id: str) -> list[Json]:
+        return await self._ask(calls.compression_events(job_id))
+
+    async def cancel_compression(self, job_id: str) -> Compression:
+        return await self._ask(calls.cancel_compression(job_id))
+
     async def models(self) -> list[Model]:
         return await self._ask(calls.models())
 
@@ -93,6 +115,20 @@ class AsyncClient:
         self, method: str, path: str, body: Json | None = None, params: dict[str, str] | None = None
     ) -> Json:
         return await self._ask(calls.request(method, path, body, params))
+
+    async def _follow(self, steps: checkpoint.Steps) -> Compression:
+        reply: Any = None
+        while True:
+            try:
+                step = steps.send(reply)
+            except StopIteration as end:
+                done: Compression = end.value
+                return done
+            if isinstance(step, float):
+                await self._sleep(step)
+                reply = None
+            else:
+                reply = await self._ask(step)
 
     async def _ask(self, call: calls.Call[T], body: Callable[[], AsyncIterator[bytes]] | None = None) -> T:
         return call.parse(await self._send(call, body, is_stream=False))

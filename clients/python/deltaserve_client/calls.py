@@ -5,6 +5,7 @@ Says what is sent and how the reply is read; sends nothing itself, so `Client` a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import httpx
 from deltaserve_client import replies
 from deltaserve_client.errors import InvalidArgument
 from deltaserve_client.retry import Repeat
-from deltaserve_client.types import Completion, Delta, Json, Model, Version
+from deltaserve_client.types import Completion, Compression, Delta, Json, Model, Version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -100,6 +101,46 @@ def version() -> Call[Version]:
     return Call("GET", "/version", replies.one(Version.from_json))
 
 
+def begin_upload(filename: str, num_bytes: int) -> Call[Json]:
+    """Of a file that a job will read. Sent twice it begins two; the one without parts expires."""
+    body = {"filename": filename, "bytes": num_bytes, "mime_type": "application/octet-stream", "purpose": "user_data"}
+    return _post("/v1/uploads", body, replies.one(dict))
+
+
+def add_part(upload_id: str, data: bytes) -> Call[Json]:
+    boundary = hashlib.sha256(data).hexdigest()
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="data"; filename="part"\r\n\r\n'.encode()
+    headers = {"content-type": f"multipart/form-data; boundary={boundary}"}
+    content = b"".join((head, data, f"\r\n--{boundary}--\r\n".encode()))
+    return Call("POST", f"/v1/uploads/{_segment(upload_id)}/parts", replies.one(dict), headers=headers, content=content)
+
+
+def complete_upload(upload_id: str, part_ids: Sequence[str], sha256: str) -> Call[Json]:
+    body = {"part_ids": list(part_ids), "sha256": sha256}
+    return _post(f"/v1/uploads/{_segment(upload_id)}/complete", body, replies.one(dict))
+
+
+def create_compression(body: Json, key: str) -> Call[Compression]:
+    """`key`: sent twice it is one job."""
+    return _post("/v1/compressions", body, replies.one(Compression.from_json), {"idempotency-key": key})
+
+
+def compression(job_id: str) -> Call[Compression]:
+    return Call("GET", f"/v1/compressions/{_segment(job_id)}", replies.one(Compression.from_json))
+
+
+def compressions() -> Call[list[Compression]]:
+    return Call("GET", "/v1/compressions", replies.listed(Compression.from_json), params={"limit": "100"})
+
+
+def cancel_compression(job_id: str) -> Call[Compression]:
+    return _post(f"/v1/compressions/{_segment(job_id)}/cancel", {}, replies.one(Compression.from_json))
+
+
+def compression_events(job_id: str) -> Call[list[Json]]:
+    return Call("GET", f"/v1/compressions/{_segment(job_id)}/events", replies.listed(dict))
+
+
 def request(method: str, path: str, body: Json | None, params: dict[str, str] | None) -> Call[Json]:
     """Any route that answers with a JSON object; `path` is percent-encoded already."""
     headers = {} if body is None else {"content-type": "application/json"}
@@ -135,7 +176,22 @@ def _generation(path: str, parse: Callable[[httpx.Response], T], model: str, bod
     return Call("POST", path, parse, Repeat.IF_NOT_RUN, headers=headers, content=content)
 
 
+def _post(
+    path: str, body: Json, parse: Callable[[httpx.Response], T], headers: dict[str, str] | None = None
+) -> Call[T]:
+    """One that may be sent twice."""
+    try:
+        content = json.dumps(body, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"{path}: the request cannot be written as JSON: {error}") from error
+    return Call("POST", path, parse, headers={"content-type": "application/json", **(headers or {})}, content=content)
+
+
 def _delta_path(name: str) -> str:
+    return f"/v1/deltas/{_segment(name)}"
+
+
+def _segment(name: str) -> str:
     if not name:
         raise InvalidArgument("name: must not be empty")
     try:
@@ -144,4 +200,4 @@ def _delta_path(name: str) -> str:
         raise InvalidArgument(f"name {name!r}: not Unicode text") from error
     if name in (".", ".."):
         encoded = name.replace(".", "%2E")  # quote() leaves dots, and a path with `/..` would name its parent
-    return f"/v1/deltas/{encoded}"
+    return encoded

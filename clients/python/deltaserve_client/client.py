@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import httpx
 
-from deltaserve_client import calls, replies
+from deltaserve_client import calls, checkpoint, replies
 from deltaserve_client.artifact import Artifact
 from deltaserve_client.errors import ApiError, ConnectionFailed, Unavailable
 from deltaserve_client.retry import Attempts
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
     from deltaserve_client.artifact import Progress
-    from deltaserve_client.types import Completion, Delta, Json, Model, Version
+    from deltaserve_client.types import Completion, Compression, Delta, Json, Model, Version
 
 T = TypeVar("T")
 
@@ -71,6 +71,32 @@ class Client:
     def delete(self, name: str) -> None:
         self._ask(calls.delete(name))
 
+    def compress(
+        self, name: str, directory: str | os.PathLike[str], *, progress: Progress | None = None, **options: Any
+    ) -> Compression:
+        """Uploads a fine-tune's directory (a checkpoint or a PEFT adapter) for the server to compress under `name`.
+
+        The job that `wait` follows. `options`: codec, bits, rank, energy, max_kl, seed, activate; or keep with `data`,
+        a file of rows; `calibration`, a file of texts. `progress(sent_bytes, total_bytes)`. Raises OSError.
+        """
+        return self._follow(checkpoint.compress(name, directory, options, progress))
+
+    def wait(self, job: Compression | str, *, progress: Callable[[Compression], None] | None = None) -> Compression:
+        """The job when it has ended, well or not; `progress(job)` is called every second."""
+        return self._follow(checkpoint.wait(job if isinstance(job, str) else job.id, progress))
+
+    def compression(self, job_id: str) -> Compression:
+        return self._ask(calls.compression(job_id))
+
+    def compressions(self) -> list[Compression]:
+        return self._ask(calls.compressions())
+
+    def compression_events(self, job_id: str) -> list[Json]:
+        return self._ask(calls.compression_events(job_id))
+
+    def cancel_compression(self, job_id: str) -> Compression:
+        return self._ask(calls.cancel_compression(job_id))
+
     def models(self) -> list[Model]:
         return self._ask(calls.models())
 
@@ -103,6 +129,20 @@ class Client:
     def request(self, method: str, path: str, body: Json | None = None, params: dict[str, str] | None = None) -> Json:
         """Any route that answers with a JSON object, such as the admin API's."""
         return self._ask(calls.request(method, path, body, params))
+
+    def _follow(self, steps: checkpoint.Steps) -> Compression:
+        reply: Any = None
+        while True:
+            try:
+                step = steps.send(reply)
+            except StopIteration as end:
+                done: Compression = end.value
+                return done
+            if isinstance(step, float):
+                self._sleep(step)
+                reply = None
+            else:
+                reply = self._ask(step)
 
     def _ask(self, call: calls.Call[T], body: Callable[[], Iterator[bytes]] | None = None) -> T:
         return call.parse(self._send(call, body, is_stream=False))

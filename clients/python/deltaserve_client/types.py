@@ -123,6 +123,41 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Compression:
+    """A job that makes a model of a fine-tune. `model` is what to ask once it has succeeded; `progress` is 0 … 1."""
+
+    id: str
+    status: str  # queued, running, succeeded, failed, cancelled
+    name: str
+    model: str | None
+    progress: float
+    step: str  # what is at work
+    seconds_left: int | None  # of that
+    error: str | None
+    raw: Json = field(repr=False, compare=False)
+
+    @property
+    def is_open(self) -> bool:
+        return self.status in ("queued", "running")
+
+    @classmethod
+    def from_json(cls, raw: Json) -> Compression:
+        status, progress = take(raw, "status", str), take_or_none(raw, "progress", dict) or {}
+        error = take_or_none(raw, "error", dict)
+        return cls(
+            id=take(raw, "id", str),
+            status=status,
+            name=take(raw, "name", str),
+            model=take_or_none(raw, "model", str),
+            progress=take(progress, "fraction", float) if progress else float(status == "succeeded"),
+            step=take(progress, "step", str) if progress else "",
+            seconds_left=take_or_none(progress, "seconds_left", int),
+            error=take(error, "message", str) if error else None,
+            raw=raw,
+        )
+
+
+@dataclass(frozen=True)
 class Version:
     version: str
     raw: Json = field(repr=False, compare=False)

@@ -129,6 +129,8 @@ async def delete_tenant(name: str, services: ServicesDep, caller: CallerDep) -> 
         tenant = services.accounts.named(name)
         services.accounts.check_deletable(tenant)
         services.parts.cancel_all(tenant)
+        services.compressions.cancel_all(tenant, str(caller))
+        services.staging.delete_all(tenant)
         services.store.delete_all(tenant, str(caller))
         services.accounts.delete(tenant, str(caller))
         services.keys.reload()

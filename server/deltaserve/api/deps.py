@@ -12,11 +12,13 @@ from fastapi import Depends, Request
 from fastapi.params import Depends as Dependency
 from fastapi.security import HTTPBearer
 
+from deltaserve.deltas.compressions import Compressions
 from deltaserve.deltas.imports import ImportRoot
 from deltaserve.deltas.intake import Intake
 from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.residency import Residency
 from deltaserve.deltas.sightings import Sightings
+from deltaserve.deltas.staging import Staging
 from deltaserve.deltas.store import DeltaStore
 from deltaserve.engine.grammars import Grammars
 from deltaserve.engine.loop import Engine
@@ -55,6 +57,8 @@ class Services:
     store: DeltaStore
     intake: Intake
     parts: PartStore
+    staging: Staging
+    compressions: Compressions
     imports: ImportRoot
     residency: Residency
     sightings: Sightings

@@ -1,4 +1,5 @@
-"""/v1/uploads: OpenAI's Uploads API for delta artifacts. The file NAME.safetensors becomes the model NAME."""
+"""/v1/uploads: OpenAI's Uploads API. With the purpose fine-tune the artifact NAME.safetensors becomes the model NAME;
+with user_data a file is kept for a job (`api.compressions`)."""
 
 from __future__ import annotations
 
@@ -15,8 +16,11 @@ from deltaserve.api.multipart import OVERHEAD_BYTES, OneFile
 from deltaserve.api.openapi import REFUSALS, raises
 from deltaserve.api.schemas import ONE_FAULT, Text, Wire, example
 from deltaserve.deltas.parts import MAX_PART_BYTES
+from deltaserve.deltas.staging import check_filename
+from deltaserve.deltas.store import Destination
 from deltaserve.errors import (
     ArtifactTooLarge,
+    CheckpointError,
     Draining,
     InvalidName,
     NameConflict,
@@ -26,6 +30,7 @@ from deltaserve.errors import (
     UploadClosed,
 )
 from deltaserve.tenants.accounts import Caller
+from deltaserve.tenants.files import FOR_A_JOB
 from deltaserve.tenants.models import ALWAYS
 from deltaserve.tenants.uploads import MAX_PARTS, Part, PartedUpload
 
@@ -37,7 +42,8 @@ A_FORM = {"multipart/form-data": {"schema": {
 
 
 class UploadIn(Wire):
-    """`filename`: NAME.safetensors. `activate` false: a name that is there points where it pointed."""
+    """`filename`: for the purpose fine-tune NAME.safetensors. `activate` false: a name that is there points where it
+    pointed."""
 
     model_config = example(
         bytes=1_240_000_000,
@@ -80,8 +86,8 @@ def _card(caller: Caller, upload: PartedUpload) -> dict[str, Any]:
     file = None
     if upload.result is not None:
         called = upload.name if upload.tenant_id == caller.tenant.id else f"{upload.owner}:{upload.name}"
-        file = {
-            "id": f"{called}@{upload.result['version']}",  # what `model` in a request may say
+        file = {  # of a model, what `model` in a request may say
+            "id": upload.result.get("file") or f"{called}@{upload.result['version']}",
             "object": "file",
             "bytes": upload.num_bytes,
             "created_at": upload.result["created"],
@@ -109,9 +115,13 @@ def _card(caller: Caller, upload: PartedUpload) -> dict[str, Any]:
 async def create_upload(body: UploadIn, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """Begins an upload; parts follow."""
     services.refuse_if_draining()
-    if not body.filename.endswith(SUFFIX):
+    if body.purpose == FOR_A_JOB:
+        check_filename(body.filename)
+        to = Destination(caller.tenant, "", str(caller))
+    elif body.filename.endswith(SUFFIX):
+        to = destination(services, caller, body.filename.removesuffix(SUFFIX), body.activate, ALWAYS)
+    else:
         raise InvalidName(f"{body.filename[:200]!r} must be NAME{SUFFIX}, for the model NAME", param="filename")
-    to = destination(services, caller, body.filename.removesuffix(SUFFIX), body.activate, ALWAYS)
     largest(services, to, body.bytes)
     create = partial(services.parts.create, to, filename=body.filename, purpose=body.purpose, num_bytes=body.bytes)
     return _card(caller, await asyncio.to_thread(create))
@@ -156,10 +166,10 @@ async def add_part(upload_id: str, http: Request, services: ServicesDep, caller:
             await asyncio.shield(in_pool(file.close))
 
 
-@router.post("/{upload_id}/complete", openapi_extra=raises(*REFUSALS, UploadClosed, Draining))
+@router.post("/{upload_id}/complete", openapi_extra=raises(*REFUSALS, CheckpointError, UploadClosed, Draining))
 async def complete_upload(upload_id: str, body: CompleteIn, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
-    """The parts become a version of the model, checked as by PUT /v1/deltas/{name}. Of a completed upload: what it
-    became. Where something is wrong with it the upload stays as it was."""
+    """The parts become a version of the model, checked as by PUT /v1/deltas/{name}, or a file. Of a completed upload:
+    what it became. Where something is wrong with it the upload stays as it was."""
     services.refuse_if_draining()
     complete = partial(services.parts.complete, caller, upload_id, body.part_ids, md5=body.md5, sha256=body.sha256)
     upload = await asyncio.get_running_loop().run_in_executor(services.upload_pool, complete)

@@ -30,6 +30,7 @@ COMMANDS = {  # module → what its register(subparsers) adds
     "bench": ("bench",),
     "doctor": ("doctor",),
     "remote": ("push", "models", "complete", "delete"),
+    "jobs": ("jobs",),
     "accounts": ("tenant", "key", "usage", "audit"),
 }
 CHATTY = ("torchao", "torch.utils._pytree")  # warn of themselves when transformers imports torchao

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from deltaserve.cli.arguments import whole
+from deltaserve.cli.connection import client_of, connection_arguments, reports_errors
 from deltaserve.cli.console import plain_table, write, write_table
-from deltaserve.cli.remote import client_of, connection_arguments, reports_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -7,19 +7,16 @@ Results go to stdout, progress and errors to stderr; an error is one line and ex
 from __future__ import annotations
 
 import argparse
-import functools
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltaserve.cli.console import report_error, size, write
-from deltaserve_client import DEFAULT_URL, Client, DeltaServeClientError
+from deltaserve.cli.connection import client_of, connection_arguments, elsewhere, reports_errors
+from deltaserve.cli.console import size, write
+from deltaserve.cli.jobs import add_recipe, push_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from deltaserve_client import Delta, Model
 
 
@@ -27,9 +24,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Adds the commands; each parser's `run` default takes the parsed arguments and returns the exit status."""
     common = connection_arguments()
 
-    parser = subparsers.add_parser("push", parents=[common], help="upload a delta artifact")
-    parser.add_argument("file", metavar="FILE", type=Path)
+    parser = subparsers.add_parser("push", parents=[common], help="upload an artifact, or a fine-tune to compress")
+    text = "a delta artifact; or the directory of a checkpoint or adapter, which the server compresses"
+    parser.add_argument("file", metavar="FILE", type=Path, help=text)
     parser.add_argument("--name", help="the model name to serve it under (default: FILE without its suffix)")
+    add_recipe(parser)
     parser.set_defaults(run=push)
 
     parser = subparsers.add_parser("models", parents=[common], help="list what the server can answer as")
@@ -53,48 +52,25 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=delete)
 
 
-def connection_arguments() -> argparse.ArgumentParser:
-    """A parent parser: which server, and the key for it."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--url", default=_default_url(), help="the server (DELTASERVE_URL; now %(default)s)")
-    common.add_argument("--api-key", help="the server's key (default: DELTASERVE_API_KEY)")
-    return common
-
-
-def reports_errors(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
-    @functools.wraps(command)
-    def run(args: argparse.Namespace) -> int:
-        try:
-            command(args)
-        except DeltaServeClientError as error:
-            message = str(error)
-        except OSError as error:
-            message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        else:
-            return 0
-        report_error(message)
-        return 1
-
-    return run
-
-
 @reports_errors
 def push(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    if args.file.is_dir():
+        with client_of(args) as client:
+            return push_directory(args, client, args.name or args.file.resolve().name)
     name = args.name or args.file.stem
     with client_of(args) as client, Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(name, total=None)
         delta = client.upload(
             name, args.file, progress=lambda sent, total: bar.update(task, completed=sent, total=total)
         )
-    where = "" if args.url == _default_url() else f" --url {shlex.quote(args.url)}"
     write(
         f"{delta.id} version {delta.version}: {delta.codec}, {delta.bits_per_parameter:.2f} bits per parameter, "
         f"{size(delta.disk_bytes)}\n"
-        f"next: deltaserve complete {shlex.quote(delta.id)} 'Hello'{where}\n"
+        f"next: deltaserve complete {shlex.quote(delta.id)} 'Hello'{elsewhere(args)}\n"
     )
 
 
@@ -154,14 +130,6 @@ def delete(args: argparse.Namespace) -> None:
     with client_of(args) as client:
         client.delete(args.name)
     write(f"deleted {args.name}\n")
-
-
-def client_of(args: argparse.Namespace) -> Client:
-    return Client(args.url, args.api_key)
-
-
-def _default_url() -> str:
-    return os.environ.get("DELTASERVE_URL") or DEFAULT_URL
 
 
 def _cells(model: Model, delta: Delta | None) -> tuple[str, ...]:

@@ -71,6 +71,15 @@ class Checkpoint:
             )
         return cls(directory, name, _read_headers(files))
 
+    @classmethod
+    def of_files(cls, directory: Path, name: str, files: list[Path]) -> Checkpoint:
+        """Of these files alone. Raises CheckpointError."""
+        return cls(directory, name, _read_headers(files))
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({entry.path for entry in self.entries.values()})
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json, {} where there is none."""

@@ -26,6 +26,7 @@ INERT_CONFIG = {
     "_name_or_path",
     "_model_name_or_path",
     "architectures",
+    "auto_map",  # code is never loaded
     "attention_dropout",
     "chunk_size_feed_forward",
     "dtype",
@@ -145,7 +146,10 @@ def _tokenizer_json(checkpoint: Checkpoint) -> dict[str, Any] | None:
     path = checkpoint.directory / "tokenizer.json"
     if not path.is_file():
         return None
-    fields: dict[str, Any] = json.loads(Tokenizer.from_file(str(path)).to_str())
+    try:
+        fields: dict[str, Any] = json.loads(Tokenizer.from_file(str(path)).to_str())
+    except Exception as error:  # tokenizers has no class of its own for it
+        raise CheckpointError(f"{checkpoint.name}: tokenizer.json does not load: {error}") from None
     return fields
 
 
@@ -203,5 +207,8 @@ def _changed(ours: str | None, theirs: str | None) -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: no JSON: {error}") from None
     return fields if isinstance(fields, dict) else {}

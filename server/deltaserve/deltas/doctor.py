@@ -197,7 +197,7 @@ class Doctor:
         incoming = self._files.incoming
         for path in sorted(incoming.iterdir()) if self._is_alone and incoming.is_dir() else ():
             says = f"{path.stat().st_size} bytes of an upload that a crash cut off"
-            mend = _call(path.unlink)
+            mend = _call(shutil.rmtree, path) if path.is_dir() else _call(path.unlink)
             yield Finding(Severity.WARNING, "leftover", str(path), says, mends="remove it", mend=mend)
         quarantine = root / "quarantine"
         for path in sorted(quarantine.iterdir()) if quarantine.is_dir() else ():

@@ -3,6 +3,7 @@ never another.
 
     objects/ab/abcd….safetensors     a version of a model (`deltas.store`)
     parts/UPLOAD/SHA256              a part of an upload (`deltas.parts`)
+    files/FILE/SHA256                a file that waits for a job (`deltas.staging`)
     incoming/                        on this server alone: what is on its way in; emptied at start
 """
 
@@ -68,7 +69,7 @@ class LocalFiles:
         if not clears:
             return
         shutil.rmtree(self.incoming, ignore_errors=True)
-        for folder in ("objects", "parts", "incoming"):
+        for folder in ("objects", "parts", "files", "incoming"):
             (root / folder).mkdir(parents=True, exist_ok=True)
             for left in (root / folder).iterdir():
                 with contextlib.suppress(OSError):  # there is something in it

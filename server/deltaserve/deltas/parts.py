@@ -19,6 +19,7 @@ from deltaserve.deltas.files import part_key
 from deltaserve.deltas.store import DeltaStore, Destination, Stored, Upload
 from deltaserve.errors import BadRequest, DigestMismatch, NotFound, RateLimited
 from deltaserve.tenants.accounts import Accounts, Caller, Tenant
+from deltaserve.tenants.files import FOR_A_JOB, StagedFile
 from deltaserve.tenants.limits import UNLIMITED, Gate, Limits
 from deltaserve.tenants.registry import Registry
 from deltaserve.tenants.uploads import Part, PartedUpload, PartedUploads, Status
@@ -36,6 +37,21 @@ class Accept(Protocol):
     ) -> Stored: ...
 
 
+class Stage(Protocol):
+    """`Staging.keep`."""
+
+    def __call__(
+        self,
+        owner: Tenant,
+        filename: str,
+        purpose: str,
+        upload: Upload,
+        expected_sha256: str | None,
+        also: Callable[[StagedFile], None],
+        /,
+    ) -> StagedFile: ...
+
+
 class PartStore:
     """Thread-safe. The bytes that an upload declared count as under way from its first part to its end."""
 
@@ -47,6 +63,7 @@ class PartStore:
         accept: Accept,
         gate: Gate,
         *,
+        stage: Stage,
         expires_s: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -55,6 +72,7 @@ class PartStore:
         self._store = store
         self._accept = accept
         self._gate = gate
+        self._stage = stage
         self._files = store.files
         self._is_shared = registry.is_shared
         self._registry = registry
@@ -125,7 +143,8 @@ class PartStore:
     def complete(
         self, caller: Caller, upload_id: str, part_ids: Sequence[str], *, md5: str | None, sha256: str | None
     ) -> PartedUpload:
-        """The parts in this order become a version of the model; of a completed upload, what it became. Raises
+        """The parts in this order become a version of the model, or a file for a job; of a completed upload, what it
+        became. Raises
         NotFound, UploadClosed, BadRequest, DigestMismatch, and whatever is wrong with the artifact: then the upload
         stays as it was."""
         with self._ending(upload_id):
@@ -151,15 +170,24 @@ class PartStore:
         try:
             found_md5 = self._join(upload, parts, file, with_md5=md5 is not None)
             _check_digest("md5", md5, found_md5)
-            to = Destination(self._owner(upload), upload.name, str(caller), upload.activates)
+            owner = self._owner(upload)
 
-            def also(stored: Stored) -> None:
-                number, digest, now = stored.version.number, stored.version.digest, int(time.time())
-                gone.extend(
-                    self._close(upload, Status.COMPLETED, version=number, sha256=digest, md5=found_md5, created=now)
-                )
+            def end(digest: str, **became: Any) -> None:
+                told = {**became, "sha256": digest, "md5": found_md5, "created": int(time.time())}
+                gone.extend(self._close(upload, Status.COMPLETED, **told))
 
-            self._accept(to, file, sha256, also)
+            if upload.purpose == FOR_A_JOB:
+
+                def kept(staged: StagedFile) -> None:
+                    end(staged.sha256, file=staged.id)
+
+                self._stage(owner, upload.filename, upload.purpose, file, sha256, kept)
+            else:
+
+                def stored(stored: Stored) -> None:
+                    end(stored.version.digest, version=stored.version.number)
+
+                self._accept(Destination(owner, upload.name, str(caller), upload.activates), file, sha256, stored)
         finally:
             file.close()
         with self._lock:

@@ -142,10 +142,12 @@ class DeltaStore:
         with self._kept(digest):  # if nothing comes of it, it goes
             named = self.bring_in(object_key(digest), upload.path)
             with self._registry.write():  # the new version comes and an old one goes, or neither
-                stored, replaced = self._record(to, upload.num_bytes, digest, summary)
+                stored, replaced, is_new = self._record(to, upload.num_bytes, digest, summary)
                 also(stored)
                 named()
                 self._lost_a_name(replaced)
+                if is_new:
+                    self.models.check_quota(to.owner)
         for old in replaced:
             self._remove_if_unused(old)
         return stored
@@ -168,7 +170,7 @@ class DeltaStore:
 
     def _record(
         self, to: Destination, num_bytes: int, digest: DeltaDigest, summary: dict[str, Any]
-    ) -> tuple[Stored, list[DeltaDigest]]:
+    ) -> tuple[Stored, list[DeltaDigest], bool]:
         before = self.models.own(to.owner.id, to.name)
         to.condition.check(before)
         known = self.models.versions(before) if before else []
@@ -185,9 +187,7 @@ class DeltaStore:
             self.models.point(model, version.number)
             model = self.models.again(model)
         pruned = self.models.prune(model, self._keep_versions)
-        if is_new:
-            self.models.check_quota(to.owner)
-        return Stored(model, version, before is None), pruned
+        return Stored(model, version, before is None), pruned, is_new
 
     def lease(self, caller: Caller, called: str, draw: str = "") -> tuple[Model, Version]:
         """The version that answers a request for the model `called`; its object stays on disk until `release`. `draw`

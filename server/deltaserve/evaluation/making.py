@@ -87,13 +87,14 @@ def _compress(
     start = time.perf_counter()
     try:
         make_delta(base, finetuned, codec, out, seed=seed, calibration=calibration)
-        sender.send(Cost(time.perf_counter() - start, _peak_bytes()))
+        sender.send(Cost(time.perf_counter() - start, peak_bytes()))
     except DeltaServeError as error:
         sender.send(error)
 
 
-def _peak_bytes() -> int:
-    """Linux counts the parent's memory into a child's ru_maxrss (fork before exec), and VmHWM from the exec on."""
+def peak_bytes() -> int:
+    """Resident at most, of this process. Linux counts the parent's into a child's ru_maxrss (fork before exec), and
+    into VmHWM nothing from before the exec."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))

@@ -88,7 +88,29 @@ SHARED = (
     "CREATE TABLE identity (id TEXT NOT NULL) STRICT",
     "CREATE TABLE removals (key TEXT PRIMARY KEY, due INTEGER NOT NULL) STRICT",
 )
-STEPS = (FIRST, TENANTS, USAGE, UPLOADS, PLACES, BILLS, SHARED)
+JOBS = (
+    """CREATE TABLE files (
+        id TEXT PRIMARY KEY, tenant INTEGER NOT NULL REFERENCES tenants, filename TEXT NOT NULL, purpose TEXT NOT NULL,
+        bytes INTEGER NOT NULL, digest TEXT NOT NULL, created INTEGER NOT NULL, expires INTEGER NOT NULL
+    ) STRICT""",
+    "CREATE INDEX files_by_tenant ON files (tenant)",
+    """CREATE TABLE jobs (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, tenant INTEGER NOT NULL REFERENCES tenants,
+        name TEXT NOT NULL, asked_by TEXT NOT NULL, activates INTEGER NOT NULL, asked TEXT NOT NULL,
+        request TEXT NOT NULL, request_key TEXT, created INTEGER NOT NULL, started INTEGER, ended INTEGER,
+        status TEXT NOT NULL DEFAULT 'queued', attempts INTEGER NOT NULL DEFAULT 0, beat INTEGER NOT NULL DEFAULT 0,
+        progress TEXT, result TEXT, error TEXT, UNIQUE (tenant, request_key)
+    ) STRICT""",
+    "CREATE INDEX jobs_by_status ON jobs (status)",
+    "CREATE TABLE job_files (job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE, file TEXT NOT NULL) STRICT",
+    "CREATE INDEX job_files_by_file ON job_files (file)",
+    "CREATE INDEX job_files_by_job ON job_files (job)",
+    """CREATE TABLE job_events (
+        job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE, number INTEGER NOT NULL, at INTEGER NOT NULL,
+        level TEXT NOT NULL, message TEXT NOT NULL, PRIMARY KEY (job, number)
+    ) STRICT""",
+)
+STEPS = (FIRST, TENANTS, USAGE, UPLOADS, PLACES, BILLS, SHARED, JOBS)
 
 
 def missing(taken: int) -> Iterator[tuple[int, tuple[str, ...]]]:

@@ -311,12 +311,12 @@ class Models:
         return [_model(row).active.digest for row in self._registry.rows(f"{SELECT} WHERE m.pinned = 1")]
 
     def held_by(self, tenant_id: int) -> tuple[int, int]:
-        """(models, bytes of their versions); what two of them share counts once."""
+        """(models, bytes of their versions and of files that wait for a job); what two models share counts once."""
         sizes = """SELECT MAX(v.bytes) AS bytes FROM versions v JOIN models m ON m.id = v.model
-            WHERE m.tenant = ? GROUP BY v.digest"""
+            WHERE m.tenant = ? GROUP BY v.digest UNION ALL SELECT bytes FROM files WHERE tenant = ?"""
         ((count,),) = self._registry.rows("SELECT COUNT(*) FROM models WHERE tenant = ?", tenant_id)
         ((size,),) = self._registry.rows(
-            f"SELECT CAST(COALESCE(SUM(bytes), 0) AS BIGINT) FROM ({sizes}) AS sizes", tenant_id
+            f"SELECT CAST(COALESCE(SUM(bytes), 0) AS BIGINT) FROM ({sizes}) AS sizes", tenant_id, tenant_id
         )
         return count, size
 
@@ -328,8 +328,8 @@ class Models:
             raise QuotaExceeded(f"this would be model {count} of at most {limits.max_models}; delete one first")
         if limits.max_bytes is not None and size > limits.max_bytes:
             raise QuotaExceeded(
-                f"with this upload {tenant.name} would hold {size} bytes of at most {limits.max_bytes}; delete a model "
-                "or a version first"
+                f"with this upload {tenant.name} would hold {size} bytes of at most {limits.max_bytes}; delete a "
+                "model, a version or a file first"
             )
 
     def prune(self, model: Model, keep: int) -> list[DeltaDigest]:

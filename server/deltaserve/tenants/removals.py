@@ -44,4 +44,6 @@ class Removals:
         kind, folder, name = key.split("/")
         if kind == "parts":
             return bool(self._registry.rows("SELECT 1 FROM upload_parts WHERE upload = ? AND digest = ?", folder, name))
+        if kind == "files":
+            return bool(self._registry.rows("SELECT 1 FROM files WHERE id = ?", folder))
         return bool(self._registry.rows("SELECT 1 FROM versions WHERE digest = ? LIMIT 1", name.partition(".")[0]))

@@ -43,7 +43,8 @@ class Part:
 
 @dataclass(frozen=True)
 class PartedUpload:
-    """For the model `owner`:`name`. `result`: what a completed one became (version, sha256, md5, created)."""
+    """For the model `owner`:`name`, or with no name a file for a job. `result`: what a completed one became (version
+    or file, sha256, md5, created)."""
 
     id: str
     tenant_id: int
