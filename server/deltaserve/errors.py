@@ -191,7 +191,7 @@ class StoreInUse(DeltaServeError):
 
 
 class IncompatibleStore(DeltaServeError):
-    """The store was written by a newer deltaserve (at start only)."""
+    """The store was written by a newer deltaserve, or its registry is missing (at start only)."""
 
     code, http_status = "incompatible_store", 409
 

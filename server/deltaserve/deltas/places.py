@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deltaserve.deltas.files import Files, LocalFiles
 from deltaserve.deltas.s3 import S3Files
-from deltaserve.errors import BadRequest
+from deltaserve.errors import BadRequest, IncompatibleStore
 from deltaserve.tenants.postgres import PostgresRegistry
 from deltaserve.tenants.registry import Registry
 from deltaserve.tenants.sqlite import SqliteRegistry
@@ -25,6 +25,7 @@ def open_places(store: str, registry: str | None, cache: Path, cache_bytes: int)
         raise BadRequest("--registry postgresql://… and --store s3://… go together: servers share both, or none")
     if registry is None:
         root = Path(store)
+        _check_not_orphaned(root)
         return SqliteRegistry(root), LocalFiles(root)
     opened = PostgresRegistry(registry)
     try:
@@ -32,3 +33,13 @@ def open_places(store: str, registry: str | None, cache: Path, cache_bytes: int)
     except BaseException:
         opened.close()
         raise
+
+
+def _check_not_orphaned(root: Path) -> None:
+    """A new registry would call every object unused, and the start would remove them."""
+    objects = root / "objects"
+    if not (root / "registry.sqlite").exists() and objects.is_dir() and any(objects.glob("*/*")):
+        raise IncompatibleStore(
+            f"{root} has objects and no registry.sqlite, which says whose they are: put it back from a backup, or move "
+            f"{objects} away to begin anew"
+        )
