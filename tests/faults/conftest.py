@@ -119,7 +119,7 @@ def site(
         Settings(
             base=str(tiny_base),
             served_model_name="tiny",
-            store=tmp_path_factory.mktemp("site") / "store",
+            store=str(tmp_path_factory.mktemp("site") / "store"),
             device="cpu",
             dtype=request.param,
             kv_cache_tokens=512,
