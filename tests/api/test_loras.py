@@ -1,4 +1,4 @@
-"""vLLM's routes for adapters, as its operators call them."""
+"""vLLM's and Dynamo's routes for adapters, as their operators call them."""
 
 from __future__ import annotations
 
@@ -68,6 +68,21 @@ def test_artifacts_under_the_import_root_are_loaded_replaced_and_unloaded(
     for path in ("load_lora_adapter", "unload_lora_adapter"):
         body = {"lora_name": "m", "lora_path": "sign.safetensors"}
         error_of(http.post(f"/v1/{path}", json=body, headers=own), 403, "insufficient_permissions")
+
+    def add(name: str, uri: str) -> httpx.Response:
+        return http.post("/v1/loras", json={"lora_name": name, "source": {"uri": uri}})
+
+    added = add("d", f"file://{root}/sign.safetensors").raise_for_status().json()
+    assert added["message"] == "LoRA adapter 'd' loaded successfully" and answer("d") == expected("sign")
+    assert add("d", f"file://{root}/sign.safetensors").json() == added and answer("d@1") == expected("sign")
+    error_of(http.get("/v1/models/d@2"), 404, "model_not_found")
+    assert http.get("/v1/loras").json()["loras"]["d"] == added["lora_id"]
+    for uri in ("s3://bucket/x", "hf://x/y", "https://example.com/x", "/etc/passwd", "file://elsewhere/x", "file:"):
+        assert add("e", uri).status_code in (400, 404), uri
+    for path in ("/../outside", "/%2e%2e/outside", f"{tmp_path}/outside", "/etc/passwd", "/link"):
+        error_of(add("e", f"file://{path}"), 404, "not_found")
+    assert http.request("DELETE", "/v1/loras/d").json()["lora_id"] == added["lora_id"]
+    error_of(http.request("DELETE", "/v1/loras/d"), 404, "model_not_found")
 
     assert unload(http, "m").text == "Success: LoRA adapter 'm' removed successfully."
     error_of(unload(http, "m"), 404, "model_not_found")

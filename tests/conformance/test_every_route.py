@@ -32,14 +32,17 @@ LIMIT_BYTES = 200_000
 
 
 @pytest.fixture(scope="module")
-def site(
-    process: Any, tiny_base: Path, tenants: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Any]:
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "root").mkdir()
-    (folder / "root" / "sign.safetensors").write_bytes(tenants["sign"].artifact)
-    flags = ["--import-root", str(folder / "root"), "--max-upload-bytes", str(LIMIT_BYTES)]
-    running = process.ServerProcess(tiny_base, folder / "store", *flags, api_key=KEY)
+def imports(tenants: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("imports")
+    (root / "sign.safetensors").write_bytes(tenants["sign"].artifact)
+    return root
+
+
+@pytest.fixture(scope="module")
+def site(process: Any, tiny_base: Path, imports: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    store = tmp_path_factory.mktemp("site") / "store"
+    flags = ["--import-root", str(imports), "--max-upload-bytes", str(LIMIT_BYTES)]
+    running = process.ServerProcess(tiny_base, store, *flags, api_key=KEY)
     try:
         yield running.wait_ready()
         assert running.stop() == 0, running.printed
@@ -157,7 +160,13 @@ CLIENTS = {"curl": by_curl, "ours": by_ours, "openai": by_openai, "async-openai"
 
 @pytest.mark.parametrize("kind", CLIENTS)
 def test_every_route_answers(
-    kind: str, site: Any, routes: set[tuple[str, str]], tenants: dict[str, Any], tiny_base: Path, tmp_path: Path
+    kind: str,
+    site: Any,
+    routes: set[tuple[str, str]],
+    tenants: dict[str, Any],
+    tiny_base: Path,
+    imports: Path,
+    tmp_path: Path,
 ) -> None:
     send = CLIENTS[kind](site.url, tmp_path)
     seen: set[tuple[str, str]] = set()
@@ -215,6 +224,10 @@ def test_every_route_answers(
     lora = {"lora_name": f"{tenant}:l", "lora_path": "sign.safetensors"}
     assert call("POST", "/v1/load_lora_adapter", lora).startswith("Success")
     assert call("POST", "/v1/unload_lora_adapter", {"lora_name": f"{tenant}:l"}).startswith("Success")
+    source = {"uri": (imports / "sign.safetensors").as_uri()}
+    assert call("POST", "/v1/loras", {"lora_name": f"{tenant}:l", "source": source})["status"] == "success"
+    assert f"{tenant}:l" in call("GET", "/v1/loras")["loras"]
+    assert call("DELETE", f"/v1/loras/{{lora_name={tenant}:l}}")["lora_name"] == f"{tenant}:l"
     assert call("GET", "/v1/usage")["object"] == call("GET", "/v1/admin/usage")["object"] == "list"
     assert call("GET", "/v1/admin/audit")["data"][0]["action"] == "model.delete"
     assert call("DELETE", f"/v1/models/{{model={name}@2}}")["deleted"]
