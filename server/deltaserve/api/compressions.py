@@ -72,7 +72,7 @@ class CompressionIn(Wire):
 
 
 def _card(services: Services, caller: Caller, job: Job) -> dict[str, Any]:
-    called = job.name if job.tenant_id == caller.tenant.id else f"{job.owner}:{job.name}"
+    called = caller.calls(job.tenant_id, job.owner, job.name)
     left = (job.progress or {}).get("seconds_left")
     return {
         "id": job.id,

@@ -17,7 +17,7 @@ from deltaserve.api.deps import CallerDep, Services, ServicesDep
 from deltaserve.api.openapi import REFUSALS, raises
 from deltaserve.api.paging import After, Limit, page
 from deltaserve.api.schemas import Texts, Wire, example
-from deltaserve.deltas.parts import PIECE_BYTES
+from deltaserve.deltas.files import PIECE_BYTES
 from deltaserve.deltas.store import Destination, Stored
 from deltaserve.errors import (
     ArtifactTooLarge,

@@ -16,7 +16,7 @@ from deltaserve.api.deltas import destination, largest
 from deltaserve.api.deps import CallerDep, Services, ServicesDep
 from deltaserve.api.openapi import REFUSALS, raises
 from deltaserve.api.schemas import Text, Wire, example
-from deltaserve.deltas.parts import PIECE_BYTES
+from deltaserve.deltas.files import pieces
 from deltaserve.deltas.store import Destination, Stored
 from deltaserve.errors import BadRequest, Draining, ModelNotFound, NameConflict, StorageFull, VersionInUse
 from deltaserve.tenants.models import ALWAYS
@@ -127,7 +127,7 @@ def _copy(services: Services, to: Destination, path: str) -> Stored:
         with services.gate.upload(to.owner.id, to.owner.limits, num_bytes):
             upload = services.intake.begin(most)
             try:
-                while piece := source.read(PIECE_BYTES):
+                for piece in pieces(source):
                     upload.write(piece)
                 return services.intake.accept(to, upload, None)
             finally:

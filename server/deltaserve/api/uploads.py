@@ -85,7 +85,7 @@ def _part(upload: PartedUpload, part: Part) -> dict[str, Any]:
 def _card(caller: Caller, upload: PartedUpload) -> dict[str, Any]:
     file = None
     if upload.result is not None:
-        called = upload.name if upload.tenant_id == caller.tenant.id else f"{upload.owner}:{upload.name}"
+        called = caller.calls(upload.tenant_id, upload.owner, upload.name)
         file = {  # of a model, what `model` in a request may say
             "id": upload.result.get("file") or f"{called}@{upload.result['version']}",
             "object": "file",

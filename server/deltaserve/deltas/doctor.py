@@ -20,13 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from deltaserve.deltas.files import Files, object_key, part_key
+from deltaserve.deltas.files import PIECE_BYTES, Files, object_key, part_key, pieces
 from deltaserve.errors import DeltaLoadFailed
 from deltaserve.tenants import checks
 from deltaserve.tenants.registry import Registry
 
 Progress = Callable[[str, int, int], None]  # what is read, bytes done, bytes in all
-PIECE_BYTES = 2**20
 FOREIGN_BITS = stat.S_IWGRP | stat.S_IRWXO  # who is not the server's user: no writing for its group, nothing for others
 LITTLE_ROOM_BYTES = 2**28
 HEAL = "upload the same file again, roll the name back to a version that is whole, or delete this one"
@@ -127,7 +126,7 @@ class Doctor:
             here |= {digest} if known else set()
             if not known:
                 yield from self._orphan(key, size, has_rows=bool(wanted))
-            elif digests and (found := self._digest(key, progress, done, sum(sizes.values()))) != digest:
+            elif digests and (found := self._digest(key, progress, done, self.census.object_bytes)) != digest:
                 yield self._damaged(key, found, _whose(known))
             elif wrong := [whose for whose, told, _ in known if told != size]:
                 change = self._change("UPDATE versions SET bytes = ? WHERE digest = ?", size, digest)
@@ -165,7 +164,7 @@ class Doctor:
         wanted = {part_key(upload, digest): (upload, digest, size) for upload, digest, size in rows}
         sizes = self._sizes("parts")
         self.census.parts = len(wanted)
-        done = 0
+        done, total = 0, sum(sizes.values())
         for key, size in sizes.items():
             if key not in wanted:
                 if self._is_alone:
@@ -174,7 +173,7 @@ class Doctor:
                     yield Finding(Severity.WARNING, "orphan", key, says, mends="remove it", mend=mend)
                 continue
             upload, digest, told = wanted.pop(key)
-            if size != told or (digests and self._digest(key, progress, done, sum(sizes.values())) != digest):
+            if size != told or (digests and self._digest(key, progress, done, total) != digest):
                 yield self._lost_part(upload, digest, f"{key} is damaged", key if self._root else None)
             done += size
         for key, (upload, digest, _) in wanted.items():
@@ -241,7 +240,7 @@ class Doctor:
         digest = hashlib.sha256()
         try:
             with self._files.reading(key) as path, path.open("rb") as file:
-                while piece := file.read(PIECE_BYTES):
+                for piece in pieces(file):
                     digest.update(piece)
                     before += len(piece)
                     progress(key, before, total)

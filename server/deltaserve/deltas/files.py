@@ -17,12 +17,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from deltaserve.deltas.tensorfile import sync_directory
 from deltaserve.tenants.registry import disk_full_is_an_answer
 
 logger = logging.getLogger(__name__)
+FOLDERS = ("objects", "parts", "files")
+PIECE_BYTES = 2**20  # handed to the disk at once
+
+
+def pieces(source: BinaryIO) -> Iterator[bytes]:
+    while piece := source.read(PIECE_BYTES):
+        yield piece
 
 
 def object_key(digest: str) -> str:
@@ -69,7 +76,7 @@ class LocalFiles:
         if not clears:
             return
         shutil.rmtree(self.incoming, ignore_errors=True)
-        for folder in ("objects", "parts", "files", "incoming"):
+        for folder in (*FOLDERS, "incoming"):
             (root / folder).mkdir(parents=True, exist_ok=True)
             for left in (root / folder).iterdir():
                 with contextlib.suppress(OSError):  # there is something in it

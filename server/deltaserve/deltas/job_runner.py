@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.deltas.files import pieces
 from deltaserve.deltas.intake import Intake
 from deltaserve.deltas.order import Order
-from deltaserve.deltas.parts import PIECE_BYTES
 from deltaserve.deltas.staging import Staging
 from deltaserve.deltas.store import Destination, Stored
 from deltaserve.deltas.worker_process import WorkerProcess
@@ -202,14 +202,12 @@ class JobRunner:
 
     def _publish(self, job: Job, artifact: Path, report: dict[str, Any]) -> None:
         """The version and the job's end, both or neither. Raises Superseded, and what `Intake.accept` raises."""
-        owner = self._accounts.get(job.tenant_id)
-        if owner is None:
-            raise NotFound("the tenant of this job was deleted", param="tenant")
+        owner = self._accounts.owner(job.tenant_id, "job")
         gone: list[StagedFile] = []
         upload = self._intake.begin(self._intake.max_bytes)
         try:
             with artifact.open("rb") as source:
-                while piece := source.read(PIECE_BYTES):
+                for piece in pieces(source):
                     upload.write(piece)
 
             def also(stored: Stored) -> None:

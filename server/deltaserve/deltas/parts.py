@@ -15,9 +15,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
-from deltaserve.deltas.files import part_key
+from deltaserve.deltas.files import part_key, pieces
 from deltaserve.deltas.store import DeltaStore, Destination, Stored, Upload
-from deltaserve.errors import BadRequest, DigestMismatch, NotFound, RateLimited
+from deltaserve.errors import BadRequest, DigestMismatch, RateLimited
 from deltaserve.tenants.accounts import Accounts, Caller, Tenant
 from deltaserve.tenants.files import FOR_A_JOB, StagedFile
 from deltaserve.tenants.limits import UNLIMITED, Gate, Limits
@@ -26,7 +26,6 @@ from deltaserve.tenants.uploads import Part, PartedUpload, PartedUploads, Status
 
 MAX_PART_BYTES = 64 * 2**20  # OpenAI's
 MAX_PARALLEL = 16  # parts of one upload that are received at once
-PIECE_BYTES = 2**20  # handed to the disk at once
 
 
 class Accept(Protocol):
@@ -144,9 +143,8 @@ class PartStore:
         self, caller: Caller, upload_id: str, part_ids: Sequence[str], *, md5: str | None, sha256: str | None
     ) -> PartedUpload:
         """The parts in this order become a version of the model, or a file for a job; of a completed upload, what it
-        became. Raises
-        NotFound, UploadClosed, BadRequest, DigestMismatch, and whatever is wrong with the artifact: then the upload
-        stays as it was."""
+        became. Raises NotFound, UploadClosed, BadRequest, DigestMismatch, and whatever is wrong with the artifact: then
+        the upload stays as it was."""
         with self._ending(upload_id):
             upload = self.uploads.find(caller, upload_id)
             if upload.result is not None:
@@ -223,10 +221,7 @@ class PartStore:
         self.uploads.forget_old()
 
     def _owner(self, upload: PartedUpload) -> Tenant:
-        owner = self._accounts.get(upload.tenant_id)
-        if owner is None:
-            raise NotFound("the tenant of this upload was deleted", param="tenant")
-        return owner
+        return self._accounts.owner(upload.tenant_id, "upload")
 
     @contextmanager
     def _ending(self, upload_id: str) -> Iterator[None]:
@@ -250,7 +245,7 @@ class PartStore:
         digest = hashlib.md5(usedforsecurity=False) if with_md5 else None
         for part in parts:
             with self._files.reading(part_key(upload.id, part.sha256)) as path, path.open("rb") as source:
-                while piece := source.read(PIECE_BYTES):
+                for piece in pieces(source):
                     file.write(piece)
                     if digest:
                         digest.update(piece)

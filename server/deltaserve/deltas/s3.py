@@ -8,7 +8,6 @@ variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_UR
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -21,9 +20,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltaserve.deltas.files import LocalFiles
-from deltaserve.errors import BadRequest, DeltaLoadFailed, IncompatibleStore, StoreInUse, StoreUnavailable
-from deltaserve.tenants.registry import disk_full_is_an_answer
+from deltaserve.deltas.files import FOLDERS, LocalFiles
+from deltaserve.errors import BadRequest, DeltaLoadFailed, IncompatibleStore, StoreUnavailable
+from deltaserve.tenants.registry import alone_in, disk_full_is_an_answer
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
@@ -51,19 +50,14 @@ class S3Files:
             raise BadRequest("a store in S3 needs: pip install 'deltaserve[s3]'") from None
         self._obstore = obstore
         root.mkdir(parents=True, exist_ok=True)
-        self._guard = (root / "lock").open("w")
-        try:
-            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._guard.close()
-            raise StoreInUse(f"{root}: another server has its cache here; each needs one of its own") from None
+        self._guard = alone_in(root, f"{root}: another server has its cache here; each needs one of its own")
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._readers: Counter[str] = Counter()
         try:
             self._cache = LocalFiles(root)
             self.incoming = self._cache.incoming
-            found = [key for folder in ("objects", "parts") for key in self._cache.keys(folder)]
+            found = [key for folder in FOLDERS for key in self._cache.keys(folder)]
             stats = {key: self._cache.path(key).stat() for key in found}
             found.sort(key=lambda key: stats[key].st_mtime)
             self._sizes = OrderedDict((key, stats[key].st_size) for key in found)  # the last used last

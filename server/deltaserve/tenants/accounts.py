@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from deltaserve.errors import InvalidName, NameConflict, NotFound
 from deltaserve.tenants.limits import UNLIMITED, Limits
 from deltaserve.tenants.migrations import DEFAULT_TENANT
-from deltaserve.tenants.registry import Registry
+from deltaserve.tenants.registry import Registry, Transaction
 
 TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
@@ -51,6 +51,14 @@ class Caller:
     def may(self, *any_of: Scope) -> bool:
         return self.is_admin or not self.scopes.isdisjoint(any_of)
 
+    def reaches(self, tenant_id: int) -> bool:
+        """Is what this tenant owns the caller's to see and change?"""
+        return self.is_admin or tenant_id == self.tenant.id
+
+    def calls(self, tenant_id: int, owner: str, name: str) -> str:
+        """The id under which the caller names a tenant's model."""
+        return name if tenant_id == self.tenant.id else f"{owner}:{name}"
+
     def __str__(self) -> str:
         return f"{self.tenant.name}/{self.key_id}"
 
@@ -81,6 +89,12 @@ class Accounts:
 
     def get(self, tenant_id: int) -> Tenant | None:
         return self._tenants.get(tenant_id)
+
+    def owner(self, tenant_id: int, of: str) -> Tenant:
+        """Whose an upload, a file or a job (`of`) is. Raises NotFound where that was deleted since."""
+        if (tenant := self.get(tenant_id)) is None:
+            raise _deleted(of)
+        return tenant
 
     def named(self, name: str) -> Tenant:
         """Raises NotFound."""
@@ -139,6 +153,20 @@ class Accounts:
                 db.execute("UPDATE tenants SET deleted = ? WHERE id = ?", (int(time.time()), tenant.id))
                 self._registry.audit(by, "tenant.delete", tenant.name)
             self._load()
+
+
+def is_there(db: Transaction, tenant_id: int) -> bool:
+    return bool(db.execute("SELECT 1 FROM tenants WHERE id = ? AND deleted IS NULL", (tenant_id,)).fetchone())
+
+
+def check_there(db: Transaction, tenant_id: int, of: str) -> None:
+    """In the transaction that gives a tenant an upload, a file or a job (`of`). Raises NotFound."""
+    if not is_there(db, tenant_id):
+        raise _deleted(of)
+
+
+def _deleted(of: str) -> NotFound:
+    return NotFound(f"the tenant of this {of} was deleted", param="tenant")
 
 
 def _missing(name: str) -> NotFound:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deltaserve.errors import FileInUse, NotFound, QuotaExceeded
-from deltaserve.tenants.accounts import Caller, Tenant
+from deltaserve.tenants.accounts import Caller, Tenant, check_there
 from deltaserve.tenants.registry import Registry
 
 FOR_A_JOB = "user_data"  # the purpose of such a file, in OpenAI's words
@@ -45,8 +45,7 @@ class StagedFiles:
     def add(self, file: StagedFile, owner: Tenant) -> None:
         """Raises NotFound for a tenant that was deleted, QuotaExceeded for one that has too many."""
         with self._registry.write() as db:
-            if not db.execute("SELECT 1 FROM tenants WHERE id = ? AND deleted IS NULL", (owner.id,)).fetchone():
-                raise NotFound("the tenant of this file was deleted", param="tenant")
+            check_there(db, owner.id, "file")
             if db.execute("SELECT COUNT(*) FROM files WHERE tenant = ?", (owner.id,)).fetchone()[0] >= MAX_FILES:
                 raise QuotaExceeded(f"{owner.name} has {MAX_FILES} files; delete some first")
             db.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?)", tuple(vars(file).values()))
@@ -54,7 +53,7 @@ class StagedFiles:
     def find(self, caller: Caller, file_id: str) -> StagedFile:
         """Raises NotFound, in the same words for another tenant's."""
         found = self._where("f.id = ?", file_id)
-        if not found or (found[0].tenant_id != caller.tenant.id and not caller.is_admin):
+        if not found or not caller.reaches(found[0].tenant_id):
             raise _missing(file_id)
         return found[0]
 

@@ -1,4 +1,4 @@
-"""Jobs that compress: what is asked for, how far it is, what came of it. Rows only; the work: `deltas.workshop`.
+"""Jobs that compress: what is asked for, how far it is, what came of it. Rows only; the work: `deltas.compressions`.
 
     queued → running → succeeded | failed | cancelled       running → queued: its server stopped
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltaserve.errors import BadRequest, JobClosed, NotFound, RateLimited
-from deltaserve.tenants.accounts import Caller, Tenant
+from deltaserve.tenants.accounts import Caller, Tenant, check_there
 from deltaserve.tenants.registry import Registry, Row
 
 MAX_OPEN = 100  # jobs of one tenant that wait or run
@@ -59,8 +59,7 @@ class Asked:
 @dataclass(frozen=True)
 class Job:
     """For the model `owner`:`name`. `asked`: {"files": ids of the checkpoint's, "texts": ids by what they are for,
-    "recipe": fields of `deltas.recipe.Recipe`}. `progress`, `result`, `error`: what
-    the API says of it."""
+    "recipe": fields of `deltas.recipe.Recipe`}. `progress`, `result`, `error`: what the API says of it."""
 
     number: int
     id: str
@@ -117,22 +116,19 @@ class Jobs:
     def earlier(self, owner: Tenant, asked: Asked, key: str | None) -> Job | None:
         """The job that this request made when it came before. With a `key`, it is the request of that key; without,
         one for the same as a job that has not failed or been cancelled. Raises BadRequest for a key of another."""
-        if key is None:
-            same = "j.request = ? AND j.status NOT IN ('failed', 'cancelled')"
-            rows = self._registry.rows(f"{SELECT} WHERE j.tenant = ? AND {same}", owner.id, asked.text)
-        else:
-            rows = self._registry.rows(f"{SELECT} WHERE j.tenant = ? AND j.request_key = ?", owner.id, key)
-            was = self._registry.rows("SELECT request FROM jobs WHERE tenant = ? AND request_key = ?", owner.id, key)
-            if was and was[0][0] != asked.text:
-                raise BadRequest("this Idempotency-Key came with another request before", param="Idempotency-Key")
-        return _job(rows[0]) if rows else None
+        same = "request = ? AND status NOT IN ('failed', 'cancelled')" if key is None else "request_key = ?"
+        found = self._registry.rows(
+            f"SELECT id, request FROM jobs WHERE tenant = ? AND {same}", owner.id, asked.text if key is None else key
+        )
+        if found and found[0][1] != asked.text:
+            raise BadRequest("this Idempotency-Key came with another request before", param="Idempotency-Key")
+        return self._one(found[0][0]) if found else None
 
     def add(self, owner: Tenant, by: str, asked: Asked, key: str | None) -> Job:
         """A new job, or the `earlier` one. Raises BadRequest, RateLimited, NotFound."""
         job_id, now = f"compression-{secrets.token_hex(16)}", self._now()
         with self._registry.write() as db:
-            if not db.execute("SELECT 1 FROM tenants WHERE id = ? AND deleted IS NULL", (owner.id,)).fetchone():
-                raise NotFound("the tenant of this job was deleted", param="tenant")
+            check_there(db, owner.id, "job")
             if earlier := self.earlier(owner, asked, key):
                 return earlier
             waiting = "SELECT COUNT(*) FROM jobs WHERE tenant = ? AND status IN ('queued', 'running')"
@@ -154,7 +150,7 @@ class Jobs:
     def find(self, caller: Caller, job_id: str) -> Job:
         """Raises NotFound, in the same words for another tenant's."""
         job = self._one(job_id)
-        if job.tenant_id != caller.tenant.id and not caller.is_admin:
+        if not caller.reaches(job.tenant_id):
             raise _missing(job_id)
         return job
 

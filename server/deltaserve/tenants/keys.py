@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from deltaserve.errors import AuthenticationFailed, BadRequest, NotFound
-from deltaserve.tenants.accounts import Accounts, Caller, Scope, Tenant
+from deltaserve.tenants.accounts import Accounts, Caller, Scope, Tenant, is_there
 from deltaserve.tenants.registry import Registry, Row
 
 BOOTSTRAP = "bootstrap"  # key id of the server's --api-key
@@ -119,7 +119,7 @@ class Keys:
         key = Key(key_id, tenant, frozenset(scopes), label, now, expires, None, _digest(text))
         with self._changing:
             with self._registry.write() as db:
-                if not db.execute("SELECT 1 FROM tenants WHERE id = ? AND deleted IS NULL", (tenant.id,)).fetchone():
+                if not is_there(db, tenant.id):
                     raise NotFound(f"there is no tenant {tenant.name!r}", param="tenant")
                 db.execute(
                     "INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, NULL)",

@@ -20,14 +20,13 @@ from typing import Any
 from deltaserve.errors import (
     InvalidName,
     ModelNotFound,
-    NotFound,
     PermissionDenied,
     PreconditionFailed,
     QuotaExceeded,
     VersionInUse,
 )
 from deltaserve.ids import DeltaDigest
-from deltaserve.tenants.accounts import Caller, Tenant
+from deltaserve.tenants.accounts import Caller, Tenant, check_there
 from deltaserve.tenants.registry import Registry, Row
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -78,11 +77,11 @@ class Model:
         return {self.active.number} | ({self.canary.version} if self.canary else set())
 
     def is_changed_by(self, caller: Caller) -> bool:
-        return caller.is_admin or self.tenant_id == caller.tenant.id
+        return caller.reaches(self.tenant_id)
 
     def called_by(self, caller: Caller) -> str:
         """The id under which `caller` names it."""
-        return self.name if self.tenant_id == caller.tenant.id else f"{self.owner}:{self.name}"
+        return caller.calls(self.tenant_id, self.owner, self.name)
 
 
 @dataclass(frozen=True)
@@ -245,8 +244,7 @@ class Models:
         """A new version, and the name if it is new; where the name pointed, it points still."""
         now = int(time.time())
         with self._registry.write() as db:
-            if not db.execute("SELECT 1 FROM tenants WHERE id = ? AND deleted IS NULL", (tenant_id,)).fetchone():
-                raise NotFound("the tenant of this upload was deleted", param="tenant")
+            check_there(db, tenant_id, "upload")
             db.execute(
                 "INSERT INTO models (tenant, name, active, last_version, created) VALUES (?, ?, 1, 0, ?) "
                 "ON CONFLICT DO NOTHING",

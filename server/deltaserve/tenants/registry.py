@@ -7,6 +7,7 @@ OR IGNORE, a name for each subquery. Both have one writer at a time, so what a t
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import secrets
 import sqlite3
@@ -15,9 +16,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TextIO
 
-from deltaserve.errors import RegistryUnavailable, StorageFull, StoreUnavailable
+from deltaserve.errors import RegistryUnavailable, StorageFull, StoreInUse, StoreUnavailable
 
 Row = tuple[Any, ...]
 
@@ -37,6 +39,17 @@ def disk_full_is_an_answer() -> Iterator[None]:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             raise RegistryUnavailable(f"the registry cannot be written: {error}") from None
         raise StorageFull(f"the registry cannot be written: {error}") from None
+
+
+def alone_in(root: Path, refusal: str) -> TextIO:
+    """Holds the folder's lock until it is closed, or the process ends: then the kernel lets go. Raises StoreInUse."""
+    guard = (root / "lock").open("w")
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        guard.close()
+        raise StoreInUse(refusal) from None
+    return guard
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from deltaserve.errors import IncompatibleStore, StoreInUse
+from deltaserve.errors import IncompatibleStore
 from deltaserve.tenants import migrations
-from deltaserve.tenants.registry import Registry, Row, Transaction, disk_full_is_an_answer
+from deltaserve.tenants.registry import Registry, Row, Transaction, alone_in, disk_full_is_an_answer
 
 
 class SqliteRegistry(Registry):
@@ -31,7 +30,8 @@ class SqliteRegistry(Registry):
         path = root / "registry.sqlite"
         with contextlib.ExitStack() as opened:
             if is_alone:
-                opened.enter_context(_lock(root))
+                refusal = f"{root}: another server works on this store; each needs one of its own"
+                opened.enter_context(alone_in(root, refusal))
             self._lock = threading.RLock()
             self._depth = 0
             try:
@@ -95,14 +95,3 @@ class SqliteRegistry(Registry):
                 for statement in step:
                     self._connection.execute(statement)
                 self._connection.execute(f"PRAGMA user_version = {number}")
-
-
-def _lock(root: Path) -> TextIO:
-    """Raises StoreInUse."""
-    guard = (root / "lock").open("w")
-    try:
-        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process ends
-    except BlockingIOError:
-        guard.close()
-        raise StoreInUse(f"{root}: another server works on this store; each needs one of its own") from None
-    return guard

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltaserve.errors import BadRequest, NotFound, RateLimited, UploadClosed
-from deltaserve.tenants.accounts import Caller, Tenant
+from deltaserve.tenants.accounts import Caller, Tenant, check_there
 from deltaserve.tenants.registry import Registry, Row
 
 MAX_PENDING = 100  # uploads of one tenant
@@ -86,8 +86,7 @@ class PartedUploads:
         """Raises RateLimited, NotFound for a tenant that was deleted."""
         upload_id, now = f"upload_{secrets.token_hex(16)}", int(self._clock())
         with self._registry.write() as db:
-            if not db.execute("SELECT 1 FROM tenants WHERE id = ? AND deleted IS NULL", (owner.id,)).fetchone():
-                raise NotFound("the tenant of this upload was deleted", param="tenant")
+            check_there(db, owner.id, "upload")
             pending = "SELECT COUNT(*) FROM uploads WHERE tenant = ? AND status = 'pending' AND expires > ?"
             if db.execute(pending, (owner.id, now)).fetchone()[0] >= MAX_PENDING:
                 raise RateLimited(f"{MAX_PENDING} uploads are pending; complete or cancel one first", retry_after_s=60)
@@ -112,7 +111,7 @@ class PartedUploads:
     def find(self, caller: Caller, upload_id: str) -> PartedUpload:
         """Raises NotFound, in the same words for another tenant's."""
         upload = self._one(upload_id)
-        if upload.tenant_id != caller.tenant.id and not caller.is_admin:
+        if not caller.reaches(upload.tenant_id):
             raise _missing(upload_id)
         return upload
 
