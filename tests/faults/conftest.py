@@ -138,7 +138,12 @@ PROMPT = "Many fine-tunes"
 
 @pytest.fixture(scope="package")
 def scene(
-    kills: Any, nursery: Any, tiny_base: Path, tenants: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    kills: Any,
+    nursery: Any,
+    tiny_base: Path,
+    tenants: dict[str, Any],
+    make_finetune: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Any:
     """tests/support/kills.py `Scene`; nothing is wrong with a store if the doctor says so."""
     chosen = [tenants[name] for name in FILES]
@@ -146,8 +151,16 @@ def scene(
     for tenant in chosen:
         text, _ = tenant.greedy(tenant.encode(PROMPT), kills.MAX_TOKENS)
         answers[hashlib.sha256(tenant.artifact).hexdigest()] = (PROMPT, text)
+    folder = tmp_path_factory.mktemp("kills")
+    tuned = make_finetune(tiny_base, folder / "tuned", scale=0.05, seed=4)
     made = kills.Scene(
-        nursery, tiny_base, tmp_path_factory.mktemp("kills"), [tenant.artifact for tenant in chosen], answers, diagnose
+        nursery,
+        tiny_base,
+        folder,
+        [tenant.artifact for tenant in chosen],
+        answers,
+        {path.name: path.read_bytes() for path in sorted(tuned.iterdir())},
+        diagnose,
     )
     made.build()
     return made

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import sqlite3
+import time
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 ADMIN = "first-key"
 MAX_TOKENS = 12  # of an answer
+JOB_S = 300.0  # at most
 FLAGS = ("--keep-versions", "2")
 
 
@@ -32,21 +34,25 @@ def fresh(data: bytes, number: int) -> bytes:
 @dataclass
 class Scene:
     """`artifacts`: four files; `answers`: of each file by its digest: (prompt, text), greedy, MAX_TOKENS long.
-    `check`: what is wrong with a store on which no server works."""
+    `checkpoint`: files of a fine-tune. `check`: what is wrong with a store on which no server works."""
 
     nursery: Any
     base: Path
     folder: Path
     artifacts: Sequence[bytes]
-    answers: Mapping[str, tuple[str, str]]
+    answers: dict[str, tuple[str, str]]
+    checkpoint: Mapping[str, bytes]
     check: Callable[[Path], Iterable[str]]
     uploads: dict[str, str] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    is_acknowledged: bool = False  # the operation of the last kill
     num_kills: int = 0
     num_versions: int = 0
 
     def build(self) -> None:
-        """acme has two versions of m and a twin of the second; uploads that are whole, half there, and empty."""
+        """acme has two versions of m and a twin of the second; uploads that are whole, half there, and empty; files
+        for a job."""
         self.template = self.folder / "template"
         life = self.start(self.template)
         http, (one, two, three, four) = life.http, self.artifacts
@@ -62,6 +68,7 @@ class Scene:
             self.uploads[name] = _did(http.post("/v1/uploads", json=body))["id"]
             for piece in pieces:
                 _did(http.post(f"/v1/uploads/{self.uploads[name]}/parts", files={"data": piece}))
+        self.files = [_did(_stage(http, *file))["id"] for file in self.checkpoint.items()]
         self.before = self.look(http)
         assert life.stop() == 0
 
@@ -75,7 +82,8 @@ class Scene:
         return store
 
     def look(self, http: httpx.Client, *, asks: bool = True) -> dict[str, Any]:
-        """What the server says; every version of every model is asked."""
+        """What the server says once its jobs have ended; every version of every model is asked."""
+        jobs = sorted((job["name"], job["status"], job["model"]) for job in self.ended_jobs(http))
         models = {}
         for card in _did(http.get("/v1/deltas"))["data"]:
             versions = _did(http.get(f"/v1/deltas/{card['id']}/versions"))["data"]
@@ -89,13 +97,27 @@ class Scene:
             uploads[name] = [upload["status"], sorted(part["id"] for part in upload["parts"])]
         keys = [[key["tenant"], key["revoked"] is None, key["expires"] is None] for key in _listed(http, "keys")]
         tenants = [[tenant["id"], tenant["limits"]] for tenant in _listed(http, "tenants")]
-        return {"models": models, "uploads": uploads, "keys": sorted(keys), "tenants": sorted(tenants, key=str)}
+        told = {"keys": sorted(keys), "tenants": sorted(tenants, key=str), "jobs": jobs}
+        files = sorted((file["filename"], file["sha256"]) for file in _did(http.get("/v1/files"))["data"])
+        return {"models": models, "uploads": uploads, "files": files, **told}
+
+    def ended_jobs(self, http: httpx.Client) -> list[dict[str, Any]]:
+        deadline_s = time.monotonic() + JOB_S
+        while True:
+            jobs: list[dict[str, Any]] = _did(http.get("/v1/compressions"))["data"]
+            if all(job["finished_at"] for job in jobs):
+                return jobs
+            assert time.monotonic() < deadline_s, jobs
+            time.sleep(0.05)
 
     def ask(self, http: httpx.Client, model: str, digest: str) -> None:
-        """Raises AssertionError for an answer that is not that of the weights."""
-        prompt, text = self.answers[digest]
+        """Raises AssertionError for an answer that is not that of the weights. Of weights that a job has made: that is
+        not the first answer."""
+        prompt, text = self.answers.get(digest, (next(iter(self.answers.values()))[0], None))
         body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": MAX_TOKENS}
-        assert _did(http.post("/v1/completions", json=body))["choices"][0]["text"] == text, model
+        said = _did(http.post("/v1/completions", json=body))["choices"][0]["text"]
+        self.answers.setdefault(digest, (prompt, said))
+        assert said == self.answers[digest][1], model
         self.num_versions += 1
 
     def measure(self, name: str) -> tuple[int, int, dict[str, Any]]:
@@ -115,13 +137,15 @@ class Scene:
         """→ the state that is found after a kill at that step."""
         store = self.copy()
         life = self.start(store)
+        self.is_acknowledged = False
         life.die_at(step)
         try:
             reply = OPERATIONS[name](self, life.http)
         except httpx.HTTPError:
             assert life.ended() == -9, life.printed
-        else:  # the steps of a request may be fewer than last time: then it is acknowledged
+        else:  # the steps of a request may be fewer than last time
             _did(reply)
+            self.is_acknowledged = True
             life.kill()
         self.num_kills += 1
         return self.after_restart(store)
@@ -144,6 +168,8 @@ class Scene:
                 uploads = {key: state["uploads"][key] for key, state in zip(names, chosen, strict=True)}
                 states.append({**before, "uploads": uploads})
             states.append({**before, "uploads": after["uploads"], "models": after["models"]})
+        if name == "cancel a job":  # it may run to its end before
+            states.append(self.measure("compress")[2])
         return states
 
     def migrate(self, store: Path, step: int) -> bool:
@@ -212,6 +238,24 @@ def _complete(scene: Scene, http: httpx.Client) -> httpx.Response:
     return http.post(f"/v1/uploads/{scene.uploads['whole']}/complete", json={"part_ids": parts})
 
 
+def _stage(http: httpx.Client, filename: str, data: bytes) -> httpx.Response:
+    return http.post("/v1/files", data={"purpose": "user_data"}, files={"file": (filename, data)})
+
+
+def _job(scene: Scene, http: httpx.Client) -> str:
+    body = {"name": "acme:made", "files": scene.files, "codec": "bitdelta"}
+    key: str = _did(http.post("/v1/compressions", json=body))["id"]
+    return key
+
+
+def _compress(scene: Scene, http: httpx.Client) -> httpx.Response:
+    """Acknowledged before it is done: after a kill the next server does it."""
+    path = f"/v1/compressions/{_job(scene, http)}"
+    scene.is_acknowledged = True
+    scene.ended_jobs(http)
+    return http.get(path)
+
+
 def _move(http: httpx.Client) -> httpx.Response:
     change = {"version": 1, "canary": {"version": 2, "percent": 50}, "pinned": True, "shared_with": ["globex"]}
     return http.patch("/v1/deltas/acme:m", json=change)
@@ -226,6 +270,10 @@ OPERATIONS: dict[str, Callable[[Scene, httpx.Client], httpx.Response]] = {
     "part": _part("half"),
     "complete": _complete,
     "cancel": lambda scene, http: http.post(f"/v1/uploads/{scene.uploads['whole']}/cancel"),
+    "stage a file": lambda scene, http: _stage(http, "rows.jsonl", b"{}"),
+    "delete a file": lambda scene, http: http.delete(f"/v1/files/{scene.files[0]}"),
+    "compress": _compress,
+    "cancel a job": lambda scene, http: http.post(f"/v1/compressions/{_job(scene, http)}/cancel"),
     "move": lambda scene, http: _move(http),
     "delete": lambda scene, http: http.delete("/v1/deltas/acme:m"),
     "delete a version": lambda scene, http: http.delete("/v1/deltas/acme:m@1"),
