@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from deltaserve import cli
-from deltaserve.deltas.files import LocalFiles, object_key, part_key
+from deltaserve.deltas.files import LocalFiles, object_key, part_key, staged_key
 from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.places import open_places
+from deltaserve.deltas.staging import Staging
 from deltaserve.deltas.store import DeltaStore, Destination
 from deltaserve.tenants.accounts import Accounts, Scope
+from deltaserve.tenants.files import FOR_A_JOB
 from deltaserve.tenants.keys import Keys
 from deltaserve.tenants.limits import Gate, Limits
 from deltaserve.tenants.sqlite import SqliteRegistry
@@ -33,7 +35,8 @@ def digest_of(data: bytes) -> str:
 
 
 class Clinic:
-    """A store of acme's m (one, two, three), globex' m (two) and an upload with a part, and the doctor."""
+    """A store of acme's m (one, two, three), globex' m (two), an upload with a part and a file for a job, and the
+    doctor."""
 
     def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.root = root
@@ -57,6 +60,11 @@ class Clinic:
             parts.keep(pending, upload)
             upload.close()
         self.upload = pending.id
+        upload = store.begin_upload(100)
+        upload.write(b"{}")
+        staging = Staging(registry, store, expires_s=100)
+        self.staged = staging.keep(accounts.named("acme"), "config.json", FOR_A_JOB, upload, None).id
+        upload.close()
         registry.close()
 
     def object(self, data: bytes) -> Path:
@@ -64,6 +72,9 @@ class Clinic:
 
     def part(self, data: bytes = b"part") -> Path:
         return self.root / part_key(self.upload, digest_of(data))
+
+    def file(self) -> Path:
+        return self.root / staged_key(self.staged, digest_of(b"{}"))
 
     def sql(self, *statements: str) -> None:
         connection = sqlite3.connect(self.root / "registry.sqlite")
@@ -105,8 +116,8 @@ def test_a_store_as_the_server_leaves_it_is_healthy(clinic: Clinic) -> None:
     for flags in ((), ("--quick",), ("--online",), ("--repair",)):
         status, told = clinic.doctor(*flags)
         assert (status, told["findings"], told["mended"]) == (HEALTHY, [], [])
-    counts = {key: told["looked_at"][key] for key in ("tenants", "models", "versions", "objects", "parts")}
-    assert counts == {"tenants": 3, "models": 2, "versions": 4, "objects": 3, "parts": 1}
+    counts = {key: told["looked_at"][key] for key in ("tenants", "models", "versions", "objects", "parts", "files")}
+    assert counts == {"tenants": 3, "models": 2, "versions": 4, "objects": 3, "parts": 1, "files": 1}
     assert clinic.every_file() == before
 
 
@@ -132,13 +143,14 @@ def test_bytes_that_several_versions_share_are_theirs_all(clinic: Clinic) -> Non
 
 def test_what_nobody_names_is_removed(clinic: Clinic) -> None:
     before = clinic.every_file()
-    for left in (clinic.object(b"orphan"), clinic.part(b"lost"), clinic.root / "incoming" / "tmpx"):
+    staged = clinic.root / "files" / "file-0" / "0"
+    for left in (clinic.object(b"orphan"), clinic.part(b"lost"), staged, clinic.root / "incoming" / "tmpx"):
         left.parent.mkdir(exist_ok=True)
         left.write_bytes(b"left")
     (clinic.root / "objects" / "zz").mkdir()
     (clinic.root / "objects" / "zz" / "stray").write_bytes(b"?")
     status, found = clinic.finds()
-    assert (status, sorted(check for _, check, _ in found)) == (MENDABLE, ["leftover", "orphan", "orphan", "orphan"])
+    assert (status, sorted(check for _, check, _ in found)) == (MENDABLE, ["leftover", *["orphan"] * 4])
     assert clinic.finds("--online") == (HEALTHY, []), "a server may be writing them"
     assert clinic.finds("--repair") == (HEALTHY, [])
     assert clinic.every_file() == before
@@ -147,7 +159,8 @@ def test_what_nobody_names_is_removed(clinic: Clinic) -> None:
 def test_the_files_of_another_registry_are_not_removed(clinic: Clinic) -> None:
     for name in ("registry.sqlite", "registry.sqlite-wal", "registry.sqlite-shm"):
         (clinic.root / name).unlink(missing_ok=True)
-    shutil.rmtree(clinic.root / "parts")
+    for folder in ("parts", "files"):
+        shutil.rmtree(clinic.root / folder)
     SqliteRegistry(clinic.root).close()
     status, told = clinic.doctor()
     assert (status, [one["severity"] for one in told["findings"]]) == (MENDABLE, ["error"] * 3)
@@ -166,6 +179,18 @@ def test_a_part_that_is_lost_is_not_listed_any_more(clinic: Clinic, damage: str)
     assert clinic.finds() == (MENDABLE, [("error", "part", clinic.upload)])
     assert clinic.finds("--repair")[0] == HEALTHY
     assert clinic.rows("SELECT * FROM upload_parts") == []
+    assert (clinic.root / "quarantine").exists() == (damage != "gone")
+
+
+@pytest.mark.parametrize("damage", ["gone", "other bytes"])
+def test_a_file_for_a_job_that_is_lost_is_not_listed_any_more(clinic: Clinic, damage: str) -> None:
+    if damage == "gone":
+        clinic.file().unlink()
+    else:
+        clinic.file().write_bytes(b"[]")
+    assert clinic.finds() == (MENDABLE, [("error", "file", clinic.staged)])
+    assert clinic.finds("--repair")[0] == HEALTHY
+    assert clinic.rows("SELECT * FROM files") == [] and len(clinic.rows("SELECT * FROM upload_parts")) == 1
     assert (clinic.root / "quarantine").exists() == (damage != "gone")
 
 

@@ -101,7 +101,7 @@ def _tell(store: str, census: Census, mended: Sequence[Finding], left: Sequence[
     room = "" if census.free_bytes is None else f"; {size(census.free_bytes)} free"
     write(
         f"{store}: {census.tenants} tenants, {census.models} models, {census.versions} versions; {census.objects} "
-        f"files of {size(census.object_bytes)}, {census.parts} parts{room}\n"
+        f"files of {size(census.object_bytes)}, {census.parts} parts, {census.files} files for jobs{room}\n"
     )
     for finding in mended:
         write(f"\nmended   {finding.subject}\n         {finding.message}\n         done: {finding.mends}\n")

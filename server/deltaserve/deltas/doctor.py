@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from deltaserve.deltas.files import PIECE_BYTES, Files, object_key, part_key, pieces
+from deltaserve.deltas.files import PIECE_BYTES, Files, object_key, part_key, pieces, staged_key
 from deltaserve.errors import DeltaLoadFailed
 from deltaserve.tenants import checks
 from deltaserve.tenants.registry import Registry
@@ -70,7 +70,24 @@ class Census:
     objects: int = 0
     object_bytes: int = 0
     parts: int = 0
+    files: int = 0  # for jobs
     free_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Bytes of clients that are not yet what they are for: `table` has them by `id` and digest."""
+
+    folder: str
+    called: str
+    table: str
+    id: str
+    key: Callable[[str, str], str]
+    fails: str
+
+
+PARTS = Waiting("parts", "part", "upload_parts", "upload", part_key, "the upload cannot be completed")
+STAGED = Waiting("files", "file", "files", "id", staged_key, "a job that is to read it fails")
 
 
 class Doctor:
@@ -86,7 +103,9 @@ class Doctor:
 
     def examine(self, progress: Progress, *, digests: bool = True) -> list[Finding]:
         """Worst first. Without `digests`, files are weighed and not read."""
-        found = [*self._integrity(), *self._rows(), *self._objects(progress, digests), *self._parts(progress, digests)]
+        found = [*self._integrity(), *self._rows(), *self._objects(progress, digests)]
+        for kind in (PARTS, STAGED):
+            found += self._waiting(kind, progress, digests)
         if self._root is not None:
             found += [*self._leftovers(self._root), *self._access(self._root), *self._room(self._root)]
         order = list(Severity)
@@ -159,30 +178,30 @@ class Doctor:
             return Finding(Severity.ERROR, "object", whose, says, HEAL)
         return Finding(Severity.ERROR, "object", whose, says, HEAL, *self._aside(key), keeps_hurting=True)
 
-    def _parts(self, progress: Progress, digests: bool) -> Iterator[Finding]:
-        rows = self._registry.rows("SELECT upload, digest, bytes FROM upload_parts")
-        wanted = {part_key(upload, digest): (upload, digest, size) for upload, digest, size in rows}
-        sizes = self._sizes("parts")
-        self.census.parts = len(wanted)
+    def _waiting(self, kind: Waiting, progress: Progress, digests: bool) -> Iterator[Finding]:
+        rows = self._registry.rows(f"SELECT {kind.id}, digest, bytes FROM {kind.table}")
+        wanted = {kind.key(owner, digest): (owner, digest, size) for owner, digest, size in rows}
+        sizes = self._sizes(kind.folder)
+        setattr(self.census, kind.folder, len(wanted))
         done, total = 0, sum(sizes.values())
         for key, size in sizes.items():
             if key not in wanted:
                 if self._is_alone:
                     mend = _call(self._files.remove, key)
-                    says = f"{size} bytes of a part that no upload lists"
+                    says = f"{size} bytes of a {kind.called} that the registry does not know"
                     yield Finding(Severity.WARNING, "orphan", key, says, mends="remove it", mend=mend)
                 continue
-            upload, digest, told = wanted.pop(key)
+            owner, digest, told = wanted.pop(key)
             if size != told or (digests and self._digest(key, progress, done, total) != digest):
-                yield self._lost_part(upload, digest, f"{key} is damaged", key if self._root else None)
+                yield self._lost(kind, owner, digest, f"{key} is damaged", key if self._root else None)
             done += size
-        for key, (upload, digest, _) in wanted.items():
-            listed = "SELECT 1 FROM upload_parts WHERE upload = ? AND digest = ?"
-            if self._is_alone or self._registry.rows(listed, upload, digest):
-                yield self._lost_part(upload, digest, f"{key} is gone", None)
+        for key, (owner, digest, _) in wanted.items():
+            listed = f"SELECT 1 FROM {kind.table} WHERE {kind.id} = ? AND digest = ?"
+            if self._is_alone or self._registry.rows(listed, owner, digest):
+                yield self._lost(kind, owner, digest, f"{key} is gone", None)
 
-    def _lost_part(self, upload: str, digest: str, says: str, key: str | None) -> Finding:
-        unlist = self._change("DELETE FROM upload_parts WHERE digest = ? AND upload = ?", digest, upload)
+    def _lost(self, kind: Waiting, owner: str, digest: str, says: str, key: str | None) -> Finding:
+        unlist = self._change(f"DELETE FROM {kind.table} WHERE {kind.id} = ? AND digest = ?", owner, digest)
         aside, set_aside = self._aside(key) if key else ("", lambda: None)
 
         def mend() -> None:
@@ -190,7 +209,7 @@ class Doctor:
             unlist()
 
         mends = f"{aside}{', and ' if aside else ''}no longer list it, so that the client sends it again"
-        return Finding(Severity.ERROR, "part", upload, f"{says}: the upload cannot be completed", "", mends, mend)
+        return Finding(Severity.ERROR, kind.called, owner, f"{says}: {kind.fails}", "", mends, mend)
 
     def _leftovers(self, root: Path) -> Iterator[Finding]:
         incoming = self._files.incoming

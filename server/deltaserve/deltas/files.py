@@ -40,6 +40,10 @@ def part_key(upload_id: str, digest: str) -> str:
     return f"parts/{upload_id}/{digest}"
 
 
+def staged_key(file_id: str, digest: str) -> str:
+    return f"files/{file_id}/{digest}"
+
+
 class Files(Protocol):
     """Thread-safe."""
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from deltaserve.deltas.files import staged_key
 from deltaserve.deltas.store import DeltaStore, Upload
 from deltaserve.deltas.tensorfile import TensorFile
 from deltaserve.errors import (
@@ -151,7 +152,7 @@ class Staging:
 
 
 def _key(file: StagedFile) -> str:
-    return f"files/{file.id}/{file.sha256}"
+    return staged_key(file.id, file.sha256)
 
 
 def _check(path: Path, filename: str, num_bytes: int) -> None:
