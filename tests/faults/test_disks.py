@@ -98,3 +98,12 @@ def fill(ballast: Path, room: int) -> None:
         except OSError as full:
             assert full.errno == errno.ENOSPC
         file.truncate(max(file.tell() - room, 0))
+
+
+def test_a_start_on_a_full_disk_says_so(scene: Any, small_disk: Path) -> None:
+    fill(small_disk / "ballast", 8192)
+    (small_disk / "store").mkdir(mode=0o700)
+    life = scene.nursery.begin(scene.base, small_disk / "store")
+    with pytest.raises(AssertionError, match="ended with 1"):
+        life.wait_ready()
+    assert "Traceback" not in life.printed and "error: the registry cannot be written" in life.printed, life.printed

@@ -36,9 +36,12 @@ def disk_full_is_an_answer() -> Iterator[None]:
             raise StoreUnavailable(f"the store cannot be written: {error.strerror}") from None
         raise
     except sqlite3.OperationalError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             raise RegistryUnavailable(f"the registry cannot be written: {error}") from None
-        raise StorageFull(f"the registry cannot be written: {error}") from None
+        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            raise StorageFull(f"the registry cannot be written: {error}") from None
+        raise
 
 
 def alone_in(root: Path, refusal: str) -> TextIO:

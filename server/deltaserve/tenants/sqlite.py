@@ -17,7 +17,7 @@ from deltaserve.tenants.registry import Registry, Row, Transaction, alone_in, di
 
 class SqliteRegistry(Registry):
     """Opens, locks and migrates the registry in `root`; one process at a time. Raises StoreInUse,
-    IncompatibleStore.
+    IncompatibleStore, and for its disk StorageFull, RegistryUnavailable.
 
     `is_alone` False: beside the process that works on it. `changes` False: as it is; writing fails.
     """
@@ -38,10 +38,11 @@ class SqliteRegistry(Registry):
                 uri = f"{path.resolve().as_uri()}?mode={'rwc' if changes else 'ro'}"
                 self._connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
                 opened.callback(self._connection.close)
-                for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON") if changes else ():
-                    self._connection.execute(f"PRAGMA {pragma}")
-                self._migrate(changes=changes)
-            except sqlite3.OperationalError:  # the disk's, or a step's
+                with disk_full_is_an_answer():
+                    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON") if changes else ():
+                        self._connection.execute(f"PRAGMA {pragma}")
+                    self._migrate(changes=changes)
+            except sqlite3.OperationalError:  # a step's
                 raise
             except sqlite3.DatabaseError as error:
                 raise IncompatibleStore(f"{path} cannot be used: {error}") from None
