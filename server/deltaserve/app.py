@@ -38,7 +38,7 @@ from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compressions import Compressions
 from deltaserve.deltas.imports import ImportRoot
-from deltaserve.deltas.intake import Intake
+from deltaserve.deltas.intake import Intake, upload_pool
 from deltaserve.deltas.job_runner import Bounds, JobRunner
 from deltaserve.deltas.limits import Limits
 from deltaserve.deltas.manifest import Manifest
@@ -218,7 +218,7 @@ def build_services(settings: Settings) -> Services:
         residency=residency,
         sightings=sightings,
         metrics=metrics,
-        upload_pool=ThreadPoolExecutor(FEW_CORES, thread_name_prefix="upload"),
+        upload_pool=upload_pool(FEW_CORES),
     )
     services.keep_pinned()
     job_runner.start(is_alone=not registry.is_shared)

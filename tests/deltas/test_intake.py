@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.files import LocalFiles
-from deltaserve.deltas.intake import Intake
+from deltaserve.deltas.intake import BEHIND, Intake, upload_pool
 from deltaserve.deltas.store import DeltaStore, Destination
 from deltaserve.errors import (
     ArtifactCorrupt,
@@ -179,3 +182,11 @@ def test_what_the_serving_side_refuses_leaves_nothing(tmp_path: Path, tiny_base:
         door.send(good)
     assert (door.files(), door.store.models.visible(door.me)) == ([], [])
     door.registry.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_uploads_come_after_everything_else_that_wants_the_cores() -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    with upload_pool(1) as pool:
+        found = pool.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result()
+    assert (found, os.getpriority(os.PRIO_PROCESS, 0)) == (BEHIND, before)
