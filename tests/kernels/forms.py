@@ -125,6 +125,7 @@ def forms(rows: int, cols: int) -> dict[str, Term]:
         "book-stages": make.book(9, 131, stages=3, levels=make.codes(rows, bits=4)),
         "book-tile": make.book(10, 131, tile=3),
         "book-large-tile": make.book(8, 33, tile=20, stages=2),
+        "book-long": make.book(12, 131, tile=12),
         "book-boosted": make.book(12, 66, boosted=boosted, boosts=(len(boosted) - 1, 1)),
         "book-turned": Rotated(make.book(12, 131, tile=2), t_out=Rotation("hadamard", 64)),
         **{

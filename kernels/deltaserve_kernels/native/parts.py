@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deltaserve_kernels import layout
 from deltaserve_kernels.native import packing
+from deltaserve_kernels.native.library import Arena
 from deltaserve_kernels.terms import Codebook, Coded, Exact, LowRank, Patches, Placed, Rotated, Rotation, Term
 from deltaserve_kernels.terms.books import seeded_signs, seeded_size
 from deltaserve_kernels.terms.rotated import block_matrix
@@ -89,6 +90,16 @@ class Part:
         if Kind.PATCHES in (self.kind, other.kind) or self.before or other.before or mine != theirs:
             return False
         return all(_same(self.tensors.get(name), other.tensors.get(name)) for name in ("col", "columns", "signs"))
+
+    @property
+    def arena_bytes(self) -> int:
+        """At most, of an arena that takes it."""
+        return self.nbytes + 64 * len(self.tensors) + (64 * len(self.before.tensors) if self.before else 0)
+
+    def moved(self, arena: Arena) -> Part:
+        """With its own tensors in `arena`."""
+        tensors = {name: t if name in _SHARED else arena.take(t) for name, t in self.tensors.items()}
+        return replace(self, tensors=tensors, before=self.before and self.before.moved(arena))
 
     @property
     def nbytes(self) -> int:

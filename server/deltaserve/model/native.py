@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from deltaserve.deltas.artifact import Override
+from deltaserve.deltas.artifact import Artifact, Override
 from deltaserve.deltas.checkpoint import LM_HEAD, Checkpoint
 from deltaserve.deltas.resident import ResidentDelta, ServedTerm
 from deltaserve.model.delta_layers import head_override_name, replace_embeddings, widest_vocabulary
 from deltaserve.model.kernels import served_form
-from deltaserve.model.native_delta import NativeDelta
+from deltaserve.model.native_delta import NativeDelta, side_by_side
 from deltaserve.model.native_step import Runs, State
 from deltaserve.model.native_weights import EMBEDDING, Group, NativeWeights
 from deltaserve.model.served import ServedModel
@@ -94,6 +94,9 @@ class NativeModel(ServedModel):
 
     def serve(self, term: Term) -> ServedTerm:
         return served_form(term, self.library)
+
+    def load_delta(self, artifact: Artifact) -> ResidentDelta:
+        return side_by_side(super().load_delta(artifact), self.library)
 
     @torch.inference_mode()
     def forward(self, step: Step, ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,10 +14,21 @@ from deltaserve.deltas.artifact import Override
 from deltaserve.deltas.resident import ResidentDelta, ResidentLayer
 from deltaserve_kernels.apply import apply_term
 from deltaserve_kernels.fused.parts import FusedTerm
-from deltaserve_kernels.native.library import Library
+from deltaserve_kernels.native.library import Arena, Library
 from deltaserve_kernels.native.parts import Part, base_scale, vector
 from deltaserve_kernels.native.site import PackedSite, PartList
 from deltaserve_kernels.terms import Term
+
+
+def side_by_side(delta: ResidentDelta, library: Library) -> ResidentDelta:
+    """With its parts in one piece of memory: a step reads those of many deltas, a few kilobytes of each at a time."""
+    parts = [term for layer in delta.layers.values() for term in layer.terms if isinstance(term, Part)]
+    arena = Arena(library, sum(part.arena_bytes for part in parts))
+    layers = {
+        name: replace(layer, terms=tuple(term.moved(arena) if isinstance(term, Part) else term for term in layer.terms))
+        for name, layer in delta.layers.items()
+    }
+    return replace(delta, layers=layers)
 
 
 @dataclass(frozen=True)

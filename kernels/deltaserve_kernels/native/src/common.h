@@ -50,6 +50,10 @@ static inline __m256i vnarrow(vf a) { /* to bfloat16, nearest even */
 #endif
 }
 static inline void vstore_bf16(u16 *p, vf a) { _mm256_storeu_si256((void *)p, vnarrow(a)); }
+static inline vf vflip(vf a, u32 lanes) { /* the signs of those lanes */
+    __m512i u = _mm512_castps_si512(a);
+    return _mm512_castsi512_ps(_mm512_mask_xor_epi32(u, (__mmask16)lanes, u, _mm512_set1_epi32(INT32_MIN)));
+}
 typedef __m512i vpairs;
 static inline vpairs vload_pairs(const u16 *p) { return _mm512_loadu_si512(p); }
 static inline vpairs vset_pair(const u16 *p) { u32 w; memcpy(&w, p, 4); return _mm512_set1_epi32((int)w); }
@@ -89,6 +93,11 @@ static inline float vlargest(vf a) {
 static inline vf vpow2(vf n) { /* n whole, within −126 … 127 */
     __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
+}
+static inline vf vflip(vf a, u32 lanes) { /* the signs of those lanes */
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    __m256i told = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)lanes), bit), bit);
+    return _mm256_xor_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(told, 31)));
 }
 static inline vf vload_bf16(const u16 *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
@@ -171,33 +180,33 @@ static inline u32 code_at(const u8 *p, int bits, int lanes, int lane) {
     return code;
 }
 
-/* 16 codes as integers */
+/* 16 codes of up to 16 bits, and as integers */
 #if defined(__AVX512F__)
-static inline __attribute__((always_inline)) __m512i plane16(const u8 *p, int width) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    if (width == 8) return _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
+static inline __attribute__((always_inline)) __m256i plane16(const u8 *p, int width) {
+    const __m256i lane = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    if (width == 8) return _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p));
     __m128i bytes = width == 4   ? _mm_set1_epi64x(*(const int64_t *)p)
                     : width == 2 ? _mm_set1_epi32(*(const int32_t *)p)
                                  : _mm_set1_epi16(*(const short *)p); /* 2·width of them, repeated to 16 */
     int log = width == 4 ? 3 : width == 2 ? 2 : 1, each = width == 4 ? 2 : width == 2 ? 1 : 0;
-    __m512i shift = _mm512_slli_epi32(_mm512_srli_epi32(lane, (unsigned)log), (unsigned)each);
-    return _mm512_and_si512(_mm512_srlv_epi32(_mm512_cvtepu8_epi32(bytes), shift), _mm512_set1_epi32((1 << width) - 1));
+    __m256i shift = _mm256_slli_epi16(_mm256_srli_epi16(lane, log), each);
+    return _mm256_and_si256(_mm256_srlv_epi16(_mm256_cvtepu8_epi16(bytes), shift), _mm256_set1_epi16((short)((1 << width) - 1)));
 }
 
-static inline __attribute__((always_inline)) __m512i codes16(const u8 *p, int bits) {
-    __m512i code = _mm512_setzero_si512();
+static inline __attribute__((always_inline)) __m256i words16(const u8 *p, int bits) {
+    __m256i code = _mm256_setzero_si256();
     if (bits >= 8) code = plane16(p, 8);
-    if (bits >= 16) code = _mm512_or_si512(code, _mm512_slli_epi32(plane16(p + 16, 8), 8));
-    if (bits & 4) code = _mm512_or_si512(code, _mm512_slli_epi32(plane16(p + 2 * (bits & ~7), 4), (unsigned)(bits & ~7)));
-    if (bits & 2) code = _mm512_or_si512(code, _mm512_slli_epi32(plane16(p + 2 * (bits & ~3), 2), (unsigned)(bits & ~3)));
-    if (bits & 1) code = _mm512_or_si512(code, _mm512_slli_epi32(plane16(p + 2 * (bits & ~1), 1), (unsigned)(bits & ~1)));
+    if (bits >= 16) code = _mm256_or_si256(code, _mm256_slli_epi16(plane16(p + 16, 8), 8));
+    if (bits & 4) code = _mm256_or_si256(code, _mm256_slli_epi16(plane16(p + 2 * (bits & ~7), 4), bits & ~7));
+    if (bits & 2) code = _mm256_or_si256(code, _mm256_slli_epi16(plane16(p + 2 * (bits & ~3), 2), bits & ~3));
+    if (bits & 1) code = _mm256_or_si256(code, _mm256_slli_epi16(plane16(p + 2 * (bits & ~1), 1), bits & ~1));
     return code;
 }
 #endif
 
 static inline __attribute__((always_inline)) void unpack_ints(const u8 *p, int bits, int32_t out[LANES]) {
 #if defined(__AVX512F__)
-    _mm512_storeu_si512(out, codes16(p, bits));
+    _mm512_storeu_si512(out, _mm512_cvtepu16_epi32(words16(p, bits)));
 #else
     for (int i = 0; i < LANES; i++) out[i] = (int32_t)code_at(p, bits, LANES, i);
 #endif

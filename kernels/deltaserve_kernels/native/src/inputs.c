@@ -15,39 +15,30 @@ size_t input_bytes(const Part *part, int rows) {
                   : part->kind == SPARSE ? (size_t)part->cols * sizeof(float)
                                          : (size_t)width_of(part) * sizeof(u16);
     if (part->kind == SPARSE && rows >= MANY) rows = ROUND_UP(rows, LANES);
+    if (part->kind == BOOK && rows % 4 == 3) rows++;
     return ROUND_UP(each * (size_t)rows, 64);
 }
 
-static void multiply(const float *a, const float *b, int n, float *out) {
-    int i = 0;
-    for (; i + VW <= n; i += VW) vstore(out + i, vmul(vload(a + i), vload(b + i)));
-    for (; i < n; i++) out[i] = a[i] * b[i];
-}
-
-static void add_to(float *a, const float *b, int n) {
-    int i = 0;
-    for (; i + VW <= n; i += VW) vstore(a + i, vadd(vload(a + i), vload(b + i)));
-    for (; i < n; i++) a[i] += b[i];
-}
-
-static void project(const Part *part, const float *x, float *out) {
+/* One group of rows: x [cols, lanes] → out [projections, lanes] */
+static void project(const Part *part, const float *x, int lanes, float *out) {
     int size = part->size, each = MIN(size, projected(part));
-    float *whole = scratch(3, 2 * (size_t)size * sizeof *whole), *signed_ = whole + size;
+    float *whole = scratch(3, 2 * (size_t)(size * lanes) * sizeof *whole), *folded = whole + size * lanes;
     for (int s = 0; s < part->segments; s++)
         for (int r = 0; r < part->tile; r++) {
             int length = MIN(part->length, part->cols - s * part->length), at = r * part->length;
-            memset(whole, 0, (size_t)size * sizeof *whole);
-            memcpy(whole + at, x + s * part->length, (size_t)length * sizeof *whole);
-            walsh_hadamard(whole, NULL, size, whole);
-            for (int k = 0; k < part->transforms; k++, out += each) {
+            memset(whole, 0, (size_t)(size * lanes) * sizeof *whole);
+            memcpy(whole + at * lanes, x + s * part->length * lanes, (size_t)(length * lanes) * sizeof *whole);
+            walsh_hadamard(whole, NULL, size, lanes, whole);
+            for (int k = 0; k < part->transforms; k++, out += each * lanes) {
                 const float *sign = part->signs + (size_t)k * (size_t)size;
                 if (each == size) {
-                    walsh_hadamard(whole, sign, size, out);
+                    walsh_hadamard(whole, sign, size, lanes, out);
                     continue;
                 }
-                multiply(whole, sign, size, signed_);
-                for (int half = size / 2; half >= each; half /= 2) add_to(signed_, signed_ + half, half); /* the first rows of H */
-                walsh_hadamard(signed_, NULL, each, out);
+                for (int i = 0; i < size * lanes; i++) folded[i] = whole[i] * sign[i / lanes];
+                for (int half = size * lanes / 2; half >= each * lanes; half /= 2) /* the first rows of H */
+                    for (int i = 0; i < half; i++) folded[i] += folded[half + i];
+                walsh_hadamard(folded, NULL, each, lanes, out);
             }
         }
 }
@@ -87,6 +78,34 @@ static void write_line(const float *line, int cols, u16 *out) {
     for (; i < cols; i++) out[i] = to_bf16(line[i]);
 }
 
+/* Rows of x as the part takes them, one at a time */
+typedef struct {
+    const Part *part;
+    const u16 *x;
+    long ldx;
+    const float *scale;
+} Reader;
+
+static void read_row(const Reader *reader, int m, float *line) {
+    const Part *part = reader->part;
+    read_line(part, reader->x + m * reader->ldx, reader->scale, line);
+    if (part->t_in) transform(part->t_in, part->t_in_size, part->dct_in, part->dct_in_tail, 0, line, part->cols, 0, part->cols);
+}
+
+static void book_input(const Reader *reader, int rows, float *out) {
+    const Part *part = reader->part;
+    int cols = part->cols;
+    float *line = scratch(2, 2 * (size_t)(cols * LANES) * sizeof *line), *beside = line + cols * LANES;
+    for (int m = 0, lanes; m < rows; m += lanes) {
+        lanes = lanes_of(part, rows - m);
+        for (int i = 0; i < lanes; i++)
+            if (m + i < rows) read_row(reader, m + i, line + i * cols);
+            else memset(line + i * cols, 0, (size_t)cols * sizeof *line);
+        if (lanes > 1) transpose(line, cols, lanes, cols, beside, lanes);
+        project(part, lanes > 1 ? beside : line, lanes, out + (size_t)m * projections(part));
+    }
+}
+
 void make_input(const Part *part, const u16 *x, long ldx, int rows, void *out) {
     long width = width_of(part);
     if (part->kind != BOOK && part->kind != SPARSE) memset(out, 0, (size_t)(rows * width) * sizeof(u16));
@@ -94,18 +113,20 @@ void make_input(const Part *part, const u16 *x, long ldx, int rows, void *out) {
         chain(part, x, ldx, rows, out);
         return;
     }
-    u16 *chained = NULL;
+    Reader reader = {part, x, ldx, part->col};
     if (part->before) {
-        chained = scratch(6, (size_t)(rows * width) * sizeof *chained);
+        u16 *chained = scratch(6, (size_t)(rows * width) * sizeof *chained);
         chain(part, x, ldx, rows, chained);
+        reader = (Reader){part, chained, width, NULL};
+    }
+    if (part->kind == BOOK) {
+        book_input(&reader, rows, out);
+        return;
     }
     float *line = scratch(2, (size_t)ROUND_UP(part->cols, 32) * sizeof *line); /* after `chain`, which makes an input too */
     for (int m = 0; m < rows; m++) {
-        const u16 *from = chained ? chained + m * width : x + m * ldx;
-        read_line(part, from, part->col && !chained ? part->col : NULL, line);
-        if (part->t_in) transform(part->t_in, part->t_in_size, part->dct_in, part->dct_in_tail, 0, line, part->cols, 0, part->cols);
-        if (part->kind == BOOK) project(part, line, (float *)out + (size_t)m * projections(part));
-        else if (part->kind == SPARSE && rows < MANY) memcpy((float *)out + (size_t)m * (size_t)part->cols, line, (size_t)part->cols * sizeof *line);
+        read_row(&reader, m, line);
+        if (part->kind == SPARSE && rows < MANY) memcpy((float *)out + (size_t)m * (size_t)part->cols, line, (size_t)part->cols * sizeof *line);
         else if (part->kind == SPARSE)
             for (int i = 0; i < part->cols; i++) ((float *)out)[(long)i * ROUND_UP(rows, LANES) + m] = line[i];
         else write_line(line, part->cols, (u16 *)out + m * width);

@@ -74,12 +74,29 @@ static size_t place_inputs(const Run *run, size_t bytes, size_t *offset) {
     return bytes;
 }
 
+static void fetch(const void *memory, size_t bytes) {
+    for (size_t i = 0; memory && i < bytes; i += 64) _mm_prefetch((const char *)memory + i, _MM_HINT_T1);
+}
+
+/* What a run will read, of books: it is asked for a run before. */
+static void fetch_run(const Run *run) {
+    for (int p = 0; p < run->parts; p++) {
+        const Part *part = run->part + p;
+        if (part->kind != BOOK) continue;
+        int tiles = (part->rows + part->tile - 1) / part->tile, groups = (tiles + LANES - 1) / LANES;
+        fetch(part->codes, (size_t)(groups * part->stages * part->segments) * 2 * (size_t)part->bits);
+        fetch(part->row, (size_t)part->rows * sizeof(float));
+        fetch(part->col, (size_t)part->cols * sizeof(float));
+    }
+}
+
 /* A run is one thread's from its inputs to its last part: what it makes of x stays in that thread's caches. */
 static void add_runs(void *argument, int worker, int workers) {
     (void)worker, (void)workers;
     Work *w = argument;
     for (int r; (r = atomic_fetch_add(&w->next, 1)) < w->runs;) {
         const Run *run = w->run + r;
+        if (r + 1 < w->runs && run[1].part != run->part) fetch_run(run + 1);
         size_t offset[run->parts];
         u8 *memory = scratch(8, place_inputs(run, 0, offset));
         for (int p = 0; p < run->parts; p++) {
@@ -95,15 +112,23 @@ static void add_bias(const Work *w) {
         for (int n = 0; n < w->site->rows; n++) w->y[m * w->ldy + n] += w->site->bias[n];
 }
 
+/* Books' inputs are large: no more of them than the caches hold. */
+static int rows_at_once(const Run *run) {
+    for (int p = 0; p < run->parts; p++)
+        if (run->part[p].kind == BOOK) return LANES;
+    return SLICE;
+}
+
 EXPORT void ds_site(const Site *site, const u16 *x, long ldx, float *y, long ldy, int rows, const Run *run, int runs) {
-    Run *cut = scratch(0, (size_t)MAX(runs, 1) * sizeof *cut);
+    Run *cut = scratch(0, (size_t)(runs + SLICE / LANES) * sizeof *cut);
     for (int begin = 0; begin < rows; begin += SLICE) {
         int end = MIN(begin + SLICE, rows), count = 0, parts = 0;
         for (int r = 0; r < runs; r++) {
             int from = MAX(run[r].start, begin), to = MIN(run[r].start + run[r].rows, end);
             if (from >= to || !run[r].parts) continue;
-            cut[count++] = (Run){from - begin, to - from, run[r].parts, 0, run[r].part};
-            parts += run[r].parts;
+            int most = rows_at_once(run + r);
+            for (; from < to; from += most, parts += run[r].parts)
+                cut[count++] = (Run){from - begin, MIN(most, to - from), run[r].parts, 0, run[r].part};
         }
         Work work = {site, x + begin * ldx, y + begin * ldy, ldx, ldy, end - begin, count, cut, NULL, NULL, 0};
         if (count < 2 * threads() && threads() > 1 && count) { /* too few runs for the threads: rows of the weights are shared out */

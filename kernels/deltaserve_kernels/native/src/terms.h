@@ -50,6 +50,12 @@ static inline int projected(const Part *part) {
     return part->transforms > 1 ? part->transforms * part->size : MIN(part->size, told);
 }
 
+/* Rows of a book's input that lie side by side, [projections][lanes], of the `rows` that are left: a code then finds
+   the products of them all in one place. Three rows are four lanes. Transforms stay in the first-level cache. */
+static inline int lanes_of(const Part *part, int rows) {
+    return part->size > 1024 ? 1 : rows >= 16 ? 16 : rows >= 3 ? 4 : 1;
+}
+
 size_t input_bytes(const Part *part, int rows);
 void make_input(const Part *part, const u16 *x, long ldx, int rows, void *out);
 
@@ -58,10 +64,11 @@ void add_chunk(const Part *part, const void *input, int rows, int row, float *su
 void finish_chunk(const Part *part, int rows, int row, float *sum);
 
 /* book.c: y[M, from … to] += rows from … to of a BOOK, from … to within the part; y at the part's first row */
-void add_book(const Part *part, const float *projections, int rows, int from, int to, float *y, long ldy);
+void add_book(const Part *part, const float *input, int rows, int from, int to, float *y, long ldy);
 
 /* transforms.c */
-void walsh_hadamard(const float *x, const float *sign, int size, float *out);
+void walsh_hadamard(const float *x, const float *sign, int size, int lanes, float *out);
+void transpose(const float *from, long ldfrom, int rows, int cols, float *to, long ldto);
 void transform(int kind, int size, const float *dct, const float *tail, int inverse, float *x, int n, int offset, int length);
 
 #endif
