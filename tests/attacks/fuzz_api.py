@@ -1,6 +1,6 @@
 """schemathesis on the whole OpenAPI document of the real server, with data that fits it and data that does not.
 
-    python -m tests.attacks.fuzz_api [--seconds 900] [--json FILE]      (pip install 'deltaserve[fuzz]')
+    python -m tests.attacks.fuzz_api [--seconds 900] [--rounds 1] [--json FILE]   (pip install 'deltaserve[fuzz]')
 
 Every route, as an admin and then as a tenant with the scopes inference and manage: examples, edge cases, fuzzing, and
 chains of calls that use each other's ids. Its checks: no 5xx, no reply after 10 seconds, no status and no type that the
@@ -20,6 +20,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
+
 from deltaserve.codecs.registry import make_codec
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compress import compress
@@ -33,11 +35,13 @@ if TYPE_CHECKING:
 KEY = "fuzz-admin-key"
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,ignored_auth"
 PATIENCE_S = 10
+WARM_UP_S = 30
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=900, help="of fuzzing, both callers together")
+    parser.add_argument("--rounds", type=int, default=1, help="of both callers, in that time: does memory grow on?")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -53,12 +57,10 @@ def main() -> int:
                 server.upload("acme:mine", artifact).raise_for_status()
                 assert server.http.get(f"/v1/deltas/mine@{number}").is_success
             rounds: list[dict[str, Any]] = []
-            for who, key, seconds in (
-                ("admin, warm-up", KEY, 30),
-                ("tenant", tenant, args.seconds // 2),
-                ("admin", KEY, args.seconds // 2),
-            ):
-                status = _schemathesis(server.url, key, seconds, Path(folder))
+            each_s = args.seconds // (2 * args.rounds)
+            both = [("tenant", tenant, each_s), ("admin", KEY, each_s)]
+            for who, key, seconds in [("admin, warm-up", KEY, WARM_UP_S), *both * args.rounds]:
+                status = _schemathesis(server.url, key, seconds, Path(folder), _ids(server.url, key, Path(folder)))
                 rounds.append({"caller": who, "seconds": seconds, "exit": status, "rss_mb": _rss_mb(server)})
                 sys.stdout.write(json.dumps(rounds[-1]) + "\n")
             figures = {"rounds": rounds, "requests": _requests(server), "exit": server.stop()}
@@ -82,13 +84,35 @@ def _artifacts(folder: Path) -> Iterator[bytes]:
         yield out.read_bytes()
 
 
-def _schemathesis(url: str, key: str, seconds: int, folder: Path) -> int:
+def _ids(url: str, key: str, folder: Path) -> dict[str, str]:
+    """Of objects that the caller has: an upload, a job, a file, and those of a checkpoint for another job."""
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=PATIENCE_S) as http:
+
+        def made(path: str, **what: Any) -> str:
+            made_id: str = http.post(path, **what).raise_for_status().json()["id"]
+            return made_id
+
+        def sent(path: Path) -> str:
+            return made("/v1/files", data={"purpose": "user_data"}, files={"file": (path.name, path.read_bytes())})
+
+        first, second = ([sent(path) for path in sorted((folder / "tuned1").iterdir())] for _ in range(2))
+        named = {"bytes": 1, "filename": "mine.safetensors", "mime_type": "", "purpose": "fine-tune"}
+        return {
+            "upload_id": made("/v1/uploads", json=named),
+            "compression_id": made("/v1/compressions", json={"name": "made", "files": first, "codec": "bitdelta"}),
+            "file_id": sent(folder / "tuned1" / "config.json"),
+            "checkpoint": " ".join(second),
+        }
+
+
+def _schemathesis(url: str, key: str, seconds: int, folder: Path, ids: dict[str, str]) -> int:
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks", CHECKS]
     command += ["-H", f"Authorization: Bearer {key}", "--max-response-time", str(PATIENCE_S), "--mode", "all"]
     command += ["--max-time", str(seconds), "--continue-on-failure", "--generation-database", "none"]
     command += ["--no-color", "--request-timeout", str(3 * PATIENCE_S)]
     paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.attacks.fuzz_hooks", "PYTHONPATH": paths}
+    environment["FUZZ_IDS"] = json.dumps(ids)
     return subprocess.run(command, cwd=folder, env=environment).returncode
 
 
