@@ -59,7 +59,7 @@ def draw(results: Results, directory: Path) -> list[Path]:
         labels: list[list[Annotation]] = []
         for axes, panel in zip(all_axes, panels, strict=True):
             _draw_references(axes, panel, results.references)
-            labels.append(_draw_panel(axes, panel, rows))
+            labels.append(draw_panel(axes, panel, rows))
         _draw_sizes(all_axes[0], all_axes[-1], rows)
         setup = results.setup
         figure.suptitle(f"{setup.finetuned} as a delta on {setup.base}, {setup.rows} rows", x=0.01, ha="left", size=13)
@@ -76,7 +76,7 @@ def draw(results: Results, directory: Path) -> list[Path]:
     return written
 
 
-def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Summary]) -> list[Annotation]:
+def draw_panel(axes: Axes, panel: Panel, rows: Sequence[Summary]) -> list[Annotation]:
     """A line for every codec; → their names, each at the smallest file."""
     from matplotlib.ticker import FuncFormatter
 

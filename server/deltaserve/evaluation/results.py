@@ -135,7 +135,7 @@ class Results:
         Raises BadRequest where another setup is there; with `again` that is replaced.
         """
         results = cls(path, setup)
-        lines = _read(path)
+        lines = read_lines(path)
         if lines and lines[0] != setup:
             if not again:
                 changed = _changed(lines[0], setup)
@@ -180,7 +180,7 @@ class Results:
             self.cells[line.cell] = line
 
 
-def _read(path: Path) -> list[Setup | Reference | Result | Missing]:
+def read_lines(path: Path) -> list[Setup | Reference | Result | Missing]:
     """Whole lines; a last one that was cut off is removed from the file. Raises BadRequest for another kind of file."""
     if not path.exists():
         return []

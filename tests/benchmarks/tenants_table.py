@@ -1,0 +1,131 @@
+"""Comparisons of several fine-tunes as one: every codec beside `auto` at each size, on all of them.
+
+    python tests/benchmarks/tenants_table.py DIR … -o OUT        DIR: written by `deltaserve compare`
+
+Retained: a fine-tune's share of its own exact match, and the mean over fine-tunes. Against auto: exact match of `auto`
+at that budget less the codec's, in points, over the rows of all fine-tunes that have both (95 %, paired bootstrap). A
+codec of one fixed rate stands beside the largest `auto` that is not larger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from deltaserve.evaluation.bootstrap import bootstrap_difference
+from deltaserve.evaluation.picture import PANELS, draw_panel
+from deltaserve.evaluation.results import Reference, Result, Setup, read_lines
+from deltaserve.evaluation.summary import Summary
+
+AUTO = "auto"
+
+
+class Tenant:
+    """What one directory holds, seed 0."""
+
+    def __init__(self, directory: Path) -> None:
+        lines = read_lines(directory / "comparison.jsonl")
+        self.setup = next(line for line in lines if isinstance(line, Setup))
+        self.name = self.setup.finetuned
+        self.references = {line.kind: line for line in lines if isinstance(line, Reference)}
+        self.results = {line.cell: line for line in lines if isinstance(line, Result)}
+
+    def of(self, codec: str, budget: float | None) -> Result | None:
+        found = (one for (name, bits, seed), one in self.results.items() if (name, bits, seed) == (codec, budget, 0))
+        return next(found, None)
+
+    def auto_beside(self, other: Result) -> Result | None:
+        if other.budget is not None:
+            return self.of(AUTO, other.budget)
+        smaller = [
+            one
+            for one in self.results.values()
+            if one.codec == AUTO and one.bits_per_parameter <= 1.02 * other.bits_per_parameter
+        ]
+        return max(smaller, key=lambda one: one.bits_per_parameter, default=None)
+
+
+def table(tenants: Sequence[Tenant]) -> str:
+    cells = {(one.codec, one.budget) for tenant in tenants for one in tenant.results.values()}
+    budgets = sorted({budget for _, budget in cells if budget is not None}, reverse=True)
+    head = ["codec", "bits", *(f"{tenant.name} %" for tenant in tenants), "mean %", "auto − it, points"]
+    head += ["KL on", "KL off", "MB resident", "compress s"]
+    lines = [_row(["budget", *head]), _row(["---:", "---", *["---:"] * (len(head) - 1)])]
+    for budget in [*budgets, None]:
+        names = sorted({codec for codec, bits in cells if bits == budget})
+        rows = [(codec, [tenant.of(codec, budget) for tenant in tenants]) for codec in names]
+        rows.sort(key=lambda row: -fmean([one.retained or 0 for one in row[1] if one] or [0]))
+        for codec, results in rows:
+            lines.append(_row(["fixed" if budget is None else f"{budget:g}", *_cells(codec, results, tenants)]))
+    return "\n".join(lines) + "\n"
+
+
+def _cells(codec: str, results: Sequence[Result | None], tenants: Sequence[Tenant]) -> list[str]:
+    own = [one for one in results if one]
+    shares = [f"{100 * one.retained:.1f}" if one and one.retained is not None else "" for one in results]
+    is_whole = len(own) == len(tenants)
+    over = " †" if any(one.is_over for one in own) else ""
+    return [
+        f"`{codec}`",
+        f"{fmean(one.bits_per_parameter for one in own):.4g}{over}",
+        *shares,
+        f"{100 * fmean(one.retained or 0 for one in own):.1f}" if is_whole else "",
+        "" if codec == AUTO else _against_auto(results, tenants),
+        f"{fmean(one.kl or 0 for one in own):.2g}",
+        f"{fmean(one.general_kl or 0 for one in own):.2g}",
+        f"{fmean(one.resident_bytes for one in own) / 1e6:.3g}",
+        f"{fmean(one.compress_s for one in own):.0f}",
+    ]
+
+
+def _against_auto(results: Sequence[Result | None], tenants: Sequence[Tenant]) -> str:
+    pairs = [(tenant.auto_beside(one), one) for tenant, one in zip(tenants, results, strict=True) if one]
+    both = [(ours, other) for ours, other in pairs if ours]
+    if not both:
+        return ""
+    hits = ([float(hit) for pair in both for hit in pair[side].hits] for side in (0, 1))
+    mean, low, high = (100 * value for value in bootstrap_difference(*hits))
+    return f"{mean:+.1f} ({low:+.1f} … {high:+.1f})"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def draw(tenants: Sequence[Tenant], path: Path) -> None:
+    """A column a fine-tune, a row a measure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(tenants), 3.4 * len(PANELS)), layout="constrained")
+    grid = figure.subplots(len(PANELS), len(tenants), sharex=True, sharey="row", squeeze=False)
+    grid[0][0].set_xscale("log")
+    grid[0][0].invert_xaxis()
+    for (row, panel), (column, tenant) in itertools.product(enumerate(PANELS), enumerate(tenants)):
+        results = sorted(tenant.results.values(), key=lambda one: -one.bits_per_parameter)
+        draw_panel(grid[row][column], panel, [Summary(one.codec, one.budget, [one]) for one in results])
+        grid[row][column].set_title(tenant.name if row == 0 else "")
+        grid[row][0].set_ylabel(panel.title.partition(":")[0])
+    for axes in grid[-1]:
+        axes.set_xlabel("bits per parameter, every byte of the file counted")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directories", metavar="DIR", nargs="+", type=Path)
+    parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True)
+    args = parser.parse_args()
+    tenants = [Tenant(directory) for directory in args.directories]
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "tenants.md").write_text(table(tenants), encoding="utf-8")
+    draw(tenants, args.output / "tenants.png")
+    sys.stdout.write(table(tenants))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
