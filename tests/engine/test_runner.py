@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from deltaserve.engine.runner import Runner
+from deltaserve.engine.runner import Runner, _together
 from deltaserve.engine.scheduler import Chunk, StepPlan
 from deltaserve.errors import ContextLengthExceeded
 
@@ -128,3 +128,14 @@ def test_reading_part_of_a_prompt_samples_nothing(model: ServedModel) -> None:
     part, whole = Runner(model, [], 4).run([Chunk(request, 0, 6), Chunk(other, 0, 3)])
     assert part.sampled is None
     assert whole.sampled is not None
+
+
+def test_rows_of_one_tensor_are_sampled_without_a_copy() -> None:
+    logits = torch.arange(50.0).view(5, 10)[:, :7]
+    for picked in (range(5), range(1, 4), [3], range(0, 5, 2), [2, 0], [0, 1, 4], [1, 1]):
+        rows = [logits[row] for row in picked]
+        together = _together(rows)
+        assert torch.equal(together, torch.stack(rows))
+        is_view = together.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+        assert is_view == isinstance(picked, range) or len(rows) == 1
+    assert torch.equal(_together([logits[0], torch.zeros(7)]), torch.stack([logits[0], torch.zeros(7)]))

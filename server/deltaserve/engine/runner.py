@@ -91,7 +91,7 @@ class Runner:
             except GrammarError as error:
                 errors[chunk.request] = error
         sampled = dict(
-            zip(rows, sample(torch.stack([*rows.values()]), [*rows], self.generators), strict=True) if rows else ()
+            zip(rows, sample(_together([*rows.values()]), [*rows], self.generators), strict=True) if rows else ()
         )
         return [
             ChunkResult(
@@ -114,6 +114,17 @@ class Runner:
         count = request.params.logprobs or 0
         reports = token_logprobs(logits[: len(told)], [request.prompt_ids[i] for i in told], [count] * len(told))
         return tuple(report for report in reports if report is not None)
+
+
+def _together(rows: Sequence[Tensor]) -> Tensor:
+    """[R, V] of rows [V]; a view where they lie at even distances, as they do unless models are mixed."""
+    first, starts = rows[0], [row.storage_offset() for row in rows]
+    step = starts[1] - starts[0] if len(rows) > 1 else len(first)
+    is_even = starts == list(range(starts[0], starts[0] + step * len(rows), step)) if step > 0 else False
+    storage = first.untyped_storage().data_ptr()
+    if is_even and all(row.untyped_storage().data_ptr() == storage and row.stride() == (1,) for row in rows):
+        return first.as_strided((len(rows), len(first)), (step, 1))
+    return torch.stack([*rows])
 
 
 def _is_ready(guide: Guide | None, deadline_s: float) -> bool:

@@ -45,21 +45,27 @@ class Generators:
 
 def sample(logits: Tensor, requests: Sequence[Request], generators: Generators) -> list[Sampled]:
     """logits float32 [R, V], row r of requests[r]; not changed."""
-    finite = logits.amax(-1).isfinite().tolist()  # NaN anywhere makes the largest NaN
+    chosen, finite = _likeliest(logits)
     changed = logits
     if any(_changes_logits(request) for request in requests):
         changed = logits.clone()
         for row, request in enumerate(requests):
             if _changes_logits(request):
                 _change(changed[row], request)
-        finite = [one and other for one, other in zip(finite, changed.amax(-1).isfinite().tolist(), strict=True)]
-    chosen = changed.argmax(-1)
+        chosen, still = _likeliest(changed)
+        finite = [one and other for one, other in zip(finite, still, strict=True)]
     drawn = [row for row, request in enumerate(requests) if request.params.temperature > 0 and finite[row]]
     if drawn:
         chosen[drawn] = _draw(changed[drawn], [requests[row] for row in drawn], generators)
     token_ids = chosen.tolist()
     reports = token_logprobs(logits, token_ids, [request.params.logprobs for request in requests])
     return [Sampled(*row) for row in zip(token_ids, reports, finite, strict=True)]
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, list[bool]]:
+    """int64 [R], and whether that logit is finite: NaN anywhere is the largest."""  # NumPy: ten times as fast on a CPU
+    best = torch.from_numpy(logits.numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
+    return best, logits.gather(1, best[:, None])[:, 0].isfinite().tolist()
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int | None]) -> list[TokenLogprob | None]:
