@@ -282,7 +282,7 @@ def create_app(services: Services) -> FastAPI:
     errors.install(app)
     document(app, OPEN_PATHS)
 
-    app.add_middleware(Authenticate, keys=services.keys)
+    app.add_middleware(Authenticate, keys=services.keys, gate=services.gate)
     app.add_middleware(Identify, metrics=services.metrics, patience_s=services.settings.client_timeout_s)
     return app
 

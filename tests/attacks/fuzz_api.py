@@ -57,10 +57,11 @@ def main() -> int:
                 server.upload("acme:mine", artifact).raise_for_status()
                 assert server.http.get(f"/v1/deltas/mine@{number}").is_success
             rounds: list[dict[str, Any]] = []
+            ids = {key: _ids(server.url, key, Path(folder)) for key in (KEY, tenant)}
             each_s = args.seconds // (2 * args.rounds)
             both = [("tenant", tenant, each_s), ("admin", KEY, each_s)]
             for who, key, seconds in [("admin, warm-up", KEY, WARM_UP_S), *both * args.rounds]:
-                status = _schemathesis(server.url, key, seconds, Path(folder), _ids(server.url, key, Path(folder)))
+                status = _schemathesis(server.url, key, seconds, Path(folder), ids[key])
                 rounds.append({"caller": who, "seconds": seconds, "exit": status, "rss_mb": _rss_mb(server)})
                 sys.stdout.write(json.dumps(rounds[-1]) + "\n")
             figures = {"rounds": rounds, "requests": _requests(server), "exit": server.stop()}

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import Headers, MutableHeaders
 
 from deltaserve.api.errors import error_response, unexpected
-from deltaserve.errors import AuthenticationFailed, BadRequest, RegistryUnavailable, RequestTimeout
+from deltaserve.errors import AuthenticationFailed, BadRequest, RateLimited, RegistryUnavailable, RequestTimeout
 from deltaserve.metrics import Metrics
 from deltaserve.tenants.keys import Keys
+from deltaserve.tenants.limits import Gate
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 LEAST_BYTES_PER_S = 1024  # of a body, once the client was waited for as long as it may pause
 MAX_BODY_BYTES = 32 * 2**20  # of every request whose handler sets no other `max_body_bytes` in its state
 OPEN_PATHS = frozenset({"/health"})
+COUNTED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})  # where a tenant's requests a minute are
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -88,25 +90,44 @@ class Identify:
 
 
 class Authenticate:
-    """Whose key it is, for every path but the open ones, before a byte of the body is read or a route is looked up.
+    """Whose key it is, for every path but the open ones, before a byte of the body is read or a route is looked up; and
+    whether its tenant may send one: its requests a minute, and what it has in memory already.
 
     Here and not on the routes, so that none can forget it. Leaves the caller in the request's state.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, gate: Gate) -> None:
         self._app = app
         self._keys = keys
+        self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            try:
-                if self._keys.may_be_stale:
-                    await asyncio.to_thread(self._keys.refresh)
-                caller = self._keys.authenticate(_bearer(Headers(scope=scope)))
-            except (AuthenticationFailed, RegistryUnavailable) as refusal:
-                return await error_response(refusal)(scope, receive, send)
-            scope["state"]["caller"] = caller
-        await self._app(scope, receive, send)
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            return await self._app(scope, receive, send)
+        state = scope["state"]
+        try:
+            if self._keys.may_be_stale:
+                await asyncio.to_thread(self._keys.refresh)
+            caller = state["caller"] = self._keys.authenticate(_bearer(Headers(scope=scope)))
+            if scope["path"] in COUNTED_PATHS:
+                self._gate.refuse_if_empty(caller.tenant.id, caller.tenant.limits, state["reply_headers"])
+        except (AuthenticationFailed, RegistryUnavailable, RateLimited) as refusal:
+            return await error_response(refusal)(scope, receive, send)
+        held = 0
+
+        async def counted() -> Message:
+            nonlocal held
+            message = await receive()
+            size = len(message.get("body", b""))
+            if size and state["max_body_bytes"] <= MAX_BODY_BYTES:  # larger ones go to the disk, piece by piece
+                self._gate.hold(caller.tenant.id, size)
+                held += size
+            return message
+
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            self._gate.hold(caller.tenant.id, -held)
 
 
 def _bearer(headers: Headers) -> str | None:

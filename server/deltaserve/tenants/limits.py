@@ -22,6 +22,7 @@ from typing import Any
 from deltaserve.errors import BadRequest, RateLimited
 
 MINUTE_S = 60.0
+MAX_HELD_BYTES = 64 * 2**20  # of one tenant's bodies in memory at once
 LONGEST_RETRY_S = 120  # clients of OpenAI's do not retry at all after more
 
 
@@ -82,6 +83,7 @@ class _Account:
         self.tokens: _Bucket | None = None
         self.concurrent = 0
         self.uploading = 0  # bytes
+        self.held = 0  # bytes of bodies in memory
 
     def refill(self, limits: Limits, now: float) -> None:
         self.requests = _refilled(self.requests, limits.requests_per_minute, now)
@@ -156,6 +158,21 @@ class Gate:
                 account.requests.level -= 1
                 headers.update(account.headers())
         return Ticket(self, tenant_id, limits, headers)
+
+    def refuse_if_empty(self, tenant_id: int, limits: Limits, headers: dict[str, str]) -> None:
+        """Takes nothing: before the body of what would be refused by `enter` is read. Raises RateLimited."""
+        with self.account(tenant_id, limits) as account:
+            if account.requests is not None and (wait_s := account.requests.wait_s(1)) > 0:
+                headers.update(account.headers())
+                raise _too_many("requests", account.requests, wait_s)
+
+    def hold(self, tenant_id: int, num_bytes: int) -> None:
+        """So many bytes of a body more, until they are let go: less than none. Raises RateLimited."""
+        with self._lock:
+            account = self._accounts.setdefault(tenant_id, _Account())
+            if num_bytes > 0 and account.held + num_bytes > MAX_HELD_BYTES:
+                raise RateLimited(f"this tenant has {account.held} bytes of bodies in memory", retry_after_s=1)
+            account.held += num_bytes
 
     @contextmanager
     def upload(self, tenant_id: int, limits: Limits, num_bytes: int) -> Iterator[None]:
