@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,6 +76,14 @@ def test_any_number_of_threads_may_be_asked_for(library: Library, threads: int) 
     for count in (min(threads, 8), 2, 1):
         library.set_threads(count)
         assert torch.equal(apply_part(library, x, part("odd-4")), expected)
+
+
+def test_more_threads_than_cores_lose_no_piece(library: Library) -> None:
+    """Threads that sleep, that come late and that another job has overtaken."""
+    x, made = activations(3, 97), part("odd-4")
+    expected = apply_part(library, x, made)
+    library.set_threads(4 * (os.cpu_count() or 1))
+    assert all(torch.equal(apply_part(library, x, made), expected) for _ in range(500))
 
 
 def test_callers_at_once_do_not_meet(library: Library) -> None:

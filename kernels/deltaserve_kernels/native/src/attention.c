@@ -82,10 +82,10 @@ static inline __attribute__((always_inline)) void attend(
     }
 }
 
-static void attend_rows(void *argument, int worker, int workers) {
+static void attend_rows(void *argument, int piece, int pieces) {
     const Attention *w = argument;
     int each = w->heads / w->kv_heads, from, to;
-    share(w->rows * w->kv_heads, worker, workers, &from, &to);
+    share(w->rows * w->kv_heads, piece, pieces, &from, &to);
     for (int item = from; item < to; item++) {
         int row = item / w->kv_heads, head = item % w->kv_heads, length = w->lengths[row];
         int begin = w->window && length > w->window ? length - w->window : 0;
@@ -182,11 +182,11 @@ static void attend_block(const Attention *w, int row, int rows, int head) {
     }
 }
 
-static void attend_blocks(void *argument, int worker, int workers) {
+static void attend_blocks(void *argument, int piece, int pieces) {
     const Blocks *b = argument;
     const Attention *w = b->attention;
     int from, to, shaped = 0, each = w->heads / w->kv_heads;
-    share(b->blocks * w->kv_heads, worker, workers, &from, &to);
+    share(b->blocks * w->kv_heads, piece, pieces, &from, &to);
     for (int item = from; item < to; item++) {
         int block = item / w->kv_heads, rows = b->starts[block + 1] - b->starts[block];
         if (shaped != rows * each) shape(shaped = rows * each);

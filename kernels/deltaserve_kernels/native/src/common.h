@@ -9,6 +9,7 @@
 typedef uint8_t u8;
 typedef uint16_t u16; /* also: bfloat16 */
 typedef uint32_t u32;
+typedef uint64_t u64;
 
 #define EXPORT __attribute__((visibility("default")))
 #define ALIGNED __attribute__((aligned(64)))
@@ -139,12 +140,12 @@ static inline vf vexp(vf x) { /* relative error below 3e-6 */
 }
 
 /* pool.c */
-typedef void (*Job)(void *argument, int worker, int workers);
+typedef void (*Job)(void *argument, int piece, int pieces);
 void parallel(Job job, void *argument);
 int threads(void); /* that a job may have */
-static inline void share(int count, int worker, int workers, int *from, int *to) {
-    *from = (int)((long)count * worker / workers);
-    *to = (int)((long)count * (worker + 1) / workers);
+static inline void share(int count, int piece, int pieces, int *from, int *to) {
+    *from = (int)((long)count * piece / pieces);
+    *to = (int)((long)count * (piece + 1) / pieces);
 }
 /* A buffer of this thread, at least `bytes` long; `slot` tells those in use at once apart. */
 enum { SLOTS = 9 };

@@ -21,12 +21,12 @@ typedef struct {
     const NormRun *run;
 } Norm;
 
-static void norm_rows(void *argument, int worker, int workers) {
+static void norm_rows(void *argument, int piece, int pieces) {
     const Norm *w = argument;
     for (int r = 0; r < w->runs; r++) {
         const u16 *weight = w->run[r].weights[w->index];
         int from, to;
-        share(w->run[r].rows, worker, workers, &from, &to);
+        share(w->run[r].rows, piece, pieces, &from, &to);
         for (int row = w->run[r].start + from; row < w->run[r].start + to; row++) {
             float *h = w->h + (long)row * w->size;
             vf sum = vset(0);
@@ -66,11 +66,11 @@ static void norm_head(float *x, const u16 *weight, int size, float eps) {
     for (int i = 0; i < size; i++) x[i] *= scale * to_float(weight[i]);
 }
 
-static void rotate_rows(void *argument, int worker, int workers) {
+static void rotate_rows(void *argument, int piece, int pieces) {
     const Rotary *w = argument;
     int size = w->size, half = size / 2, from, to;
     float x[LARGEST_HEAD], t[LARGEST_HEAD];
-    share(w->rows, worker, workers, &from, &to);
+    share(w->rows, piece, pieces, &from, &to);
     for (int row = from, r = 0; row < to; row++) {
         while (w->run[r].start + w->run[r].rows <= row) r++;
         const float *c = w->cos_sin + (long)w->positions[row] * size, *s = c + half;
@@ -108,10 +108,10 @@ typedef struct {
     int rows, size;
 } Gated;
 
-static void gate_rows(void *argument, int worker, int workers) {
+static void gate_rows(void *argument, int piece, int pieces) {
     const Gated *w = argument;
     int from, to;
-    share(w->rows * (w->size / VW), worker, workers, &from, &to);
+    share(w->rows * (w->size / VW), piece, pieces, &from, &to);
     for (int item = from; item < to; item++) {
         long row = item / (w->size / VW);
         int i = item % (w->size / VW) * VW;

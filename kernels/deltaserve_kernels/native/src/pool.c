@@ -1,10 +1,11 @@
-/* Threads: one pool for the process. The caller works too; workers wait by spinning shortly, then asleep. */
+/* Threads: one pool for the process. A job is cut into pieces, and whoever is free takes the next: the caller works too, so it
+   waits for pieces that others have begun, never for a thread that other processes keep from its core. Waiting is spinning
+   shortly, then sleep. */
 #include "common.h"
 
 #include <errno.h>
 #include <linux/futex.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -12,49 +13,63 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { SPINS = 400, MOST = 256 }; /* a pause takes up to 0.1 µs */
+enum { SPIN_TICKS = 50000, PIECES = 2, MOST = 256 }; /* of the processor's clock, about 20 µs; pieces for each thread */
 
 static struct {
-    Job job;
-    void *argument;
-    int workers; /* of the running job */
+    _Atomic(Job) job;
+    _Atomic(void *) argument;
+    _Atomic int pieces;
 } task;
-static _Atomic u32 epoch;
-static _Atomic int sleepers, running;
+static _Atomic u64 offer;       /* number of the job in the upper half, in the lower one its pieces that nobody has taken */
+static _Atomic u32 bell, left;  /* what sleepers wait on: a job was offered; pieces that are not done */
+static _Atomic int sleepers, waiting;
 static int started = 1; /* threads there are, the caller among them */
 static _Atomic int wanted = 1;
 static pthread_mutex_t busy = PTHREAD_MUTEX_INITIALIZER;
 
-static void run(Job job, void *argument, int worker, int workers) {
-    begin_products();
-    job(argument, worker, workers);
-    end_products();
+static void sleep_on(_Atomic u32 *word, u32 seen) { syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0); }
+static void wake(_Atomic u32 *word, int most) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, most, NULL, NULL, 0); }
+
+/* Takes pieces of the job on offer until there are none. What is read of a job before a piece of it is taken may be another's:
+   then the offer has changed, and nothing is taken. */
+static void take_pieces(void) {
+    int began = 0;
+    for (u64 seen = atomic_load(&offer); (u32)seen;) {
+        Job job = task.job;
+        void *argument = task.argument;
+        int pieces = task.pieces;
+        if (!atomic_compare_exchange_weak(&offer, &seen, seen - 1)) continue;
+        if (!began) begin_products(), began = 1;
+        job(argument, pieces - (int)(u32)seen, pieces);
+        if (atomic_fetch_sub(&left, 1) == 1 && atomic_load(&waiting)) wake(&left, 1);
+        seen = atomic_load(&offer);
+    }
+    if (began) end_products();
 }
 
-static void *work(void *born) { /* number, and the epoch it was born in */
-    int self = (int)((uint64_t)born & 0xffff);
-    u32 seen = (u32)((uint64_t)born >> 32);
+static int offered(int self) { return (u32)atomic_load(&offer) && self < wanted; }
+
+static void *work(void *number) {
+    int self = (int)(intptr_t)number;
     for (;;) {
-        for (int spin = 0; atomic_load_explicit(&epoch, memory_order_acquire) == seen; spin++) {
-            if (spin < SPINS) {
-                _mm_pause();
-                continue;
-            }
+        for (uint64_t until = __rdtsc() + SPIN_TICKS; !offered(self) && __rdtsc() < until;) _mm_pause();
+        if (!offered(self)) {
             atomic_fetch_add(&sleepers, 1);
-            syscall(SYS_futex, &epoch, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+            u32 seen = atomic_load(&bell);
+            if (!offered(self)) sleep_on(&bell, seen);
             atomic_fetch_sub(&sleepers, 1);
         }
-        seen++;
-        if (self < task.workers) run(task.job, task.argument, self, task.workers);
-        atomic_fetch_sub_explicit(&running, 1, memory_order_release);
+        if (offered(self)) take_pieces();
     }
     return NULL;
 }
 
-/* After a fork no worker lives in the child. */
+/* After a fork no worker lives in the child, nor the thread whose job was on offer. */
 static void forget(void) {
     started = 1;
     atomic_store(&sleepers, 0);
+    atomic_store(&waiting, 0);
+    atomic_store(&offer, atomic_load(&offer) >> 32 << 32);
     pthread_mutex_init(&busy, NULL);
 }
 
@@ -74,8 +89,7 @@ static void start(void) {
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are the main thread's */
     while (started < wanted) {
         pthread_t thread;
-        uint64_t born = (uint64_t)atomic_load(&epoch) << 32 | (u32)started;
-        if (pthread_create(&thread, NULL, work, (void *)born)) break;
+        if (pthread_create(&thread, NULL, work, (void *)(intptr_t)started)) break;
         pthread_detach(thread);
         started++;
     }
@@ -84,20 +98,27 @@ static void start(void) {
 
 void parallel(Job job, void *argument) {
     if (wanted == 1 || pthread_mutex_trylock(&busy)) { /* another caller has the pool: alone, then */
-        run(job, argument, 0, 1);
+        begin_products();
+        job(argument, 0, 1);
+        end_products();
         return;
     }
     if (started < wanted) start();
+    int pieces = PIECES * wanted;
     task.job = job;
     task.argument = argument;
-    task.workers = MIN(started, wanted);
-    atomic_store_explicit(&running, started - 1, memory_order_relaxed);
-    atomic_fetch_add_explicit(&epoch, 1, memory_order_acq_rel);
-    if (atomic_load(&sleepers)) syscall(SYS_futex, &epoch, FUTEX_WAKE_PRIVATE, MOST, NULL, NULL, 0);
-    run(job, argument, 0, task.workers);
-    for (int spin = 0; atomic_load_explicit(&running, memory_order_acquire); spin++)
-        if (spin < SPINS * 16) _mm_pause();
-        else sched_yield();
+    task.pieces = pieces;
+    atomic_store(&left, (u32)pieces);
+    atomic_store(&offer, ((atomic_load(&offer) >> 32) + 1) << 32 | (u32)pieces);
+    atomic_fetch_add(&bell, 1);
+    if (atomic_load(&sleepers)) wake(&bell, started - 1);
+    take_pieces();
+    for (uint64_t until = __rdtsc() + SPIN_TICKS; atomic_load(&left) && __rdtsc() < until;) _mm_pause();
+    if (atomic_load(&left)) {
+        atomic_store(&waiting, 1);
+        for (u32 seen; (seen = atomic_load(&left));) sleep_on(&left, seen);
+        atomic_store(&waiting, 0);
+    }
     pthread_mutex_unlock(&busy);
 }
 

@@ -21,11 +21,11 @@ typedef struct {
 
 static int is_vector(const Part *part) { return part->kind == BASE_SCALE || part->kind == VECTOR; }
 
-static void prepare(void *argument, int worker, int workers) {
+static void prepare(void *argument, int piece, int pieces) {
     const Work *w = argument;
     for (int r = 0, k = 0; r < w->runs; r++)
         for (int p = 0; p < w->run[r].parts; p++, k++)
-            if (k % workers == worker && w->run[r].part[p].input == p && !is_vector(w->run[r].part + p))
+            if (k % pieces == piece && w->run[r].part[p].input == p && !is_vector(w->run[r].part + p))
                 make_input(w->run[r].part + p, w->x + w->run[r].start * w->ldx, w->ldx, w->run[r].rows, w->memory + w->offset[k]);
 }
 
@@ -52,11 +52,11 @@ static void add_part(const Work *w, const Run *run, const Part *part, const void
     }
 }
 
-static void multiply(void *argument, int worker, int workers) {
+static void multiply(void *argument, int piece, int pieces) {
     const Work *w = argument;
     const Site *site = w->site;
     int from, to, blocks = (site->cols + 31) / 32, last = ROUND_UP(site->rows, 32);
-    share((site->rows + CHUNK - 1) / CHUNK, worker, workers, &from, &to);
+    share((site->rows + CHUNK - 1) / CHUNK, piece, pieces, &from, &to);
     from *= CHUNK, to = MIN(to * CHUNK, last);
     for (int n = from; n < to && site->tiles; n += 32)
         product(w->x, w->ldx, w->rows, site->tiles + (size_t)(n / 32) * (size_t)blocks * PAIR, blocks, w->y + n, w->ldy, 0);
@@ -91,8 +91,8 @@ static void fetch_run(const Run *run) {
 }
 
 /* A run is one thread's from its inputs to its last part: what it makes of x stays in that thread's caches. */
-static void add_runs(void *argument, int worker, int workers) {
-    (void)worker, (void)workers;
+static void add_runs(void *argument, int piece, int pieces) {
+    (void)piece, (void)pieces;
     Work *w = argument;
     for (int r; (r = atomic_fetch_add(&w->next, 1)) < w->runs;) {
         const Run *run = w->run + r;
