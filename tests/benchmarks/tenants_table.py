@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 from deltaserve.evaluation.bootstrap import bootstrap_difference
-from deltaserve.evaluation.picture import PANELS, draw_panel
+from deltaserve.evaluation.picture import PANELS, draw_panel, separate
 from deltaserve.evaluation.results import Reference, Result, Setup, read_lines
 from deltaserve.evaluation.summary import Summary
 
@@ -104,13 +104,20 @@ def draw(tenants: Sequence[Tenant], path: Path) -> None:
     grid = figure.subplots(len(PANELS), len(tenants), sharex=True, sharey="row", squeeze=False)
     grid[0][0].set_xscale("log")
     grid[0][0].invert_xaxis()
+    codecs = sorted({one.codec for tenant in tenants for one in tenant.results.values()})
+    labels = []
     for (row, panel), (column, tenant) in itertools.product(enumerate(PANELS), enumerate(tenants)):
         results = sorted(tenant.results.values(), key=lambda one: -one.bits_per_parameter)
-        draw_panel(grid[row][column], panel, [Summary(one.codec, one.budget, [one]) for one in results])
+        summaries = [Summary(one.codec, one.budget, [one]) for one in results]
+        labels.append(draw_panel(grid[row][column], panel, summaries, codecs))
         grid[row][column].set_title(tenant.name if row == 0 else "")
         grid[row][0].set_ylabel(panel.title.partition(":")[0])
+    grid[0][0].margins(x=0.12)
     for axes in grid[-1]:
         axes.set_xlabel("bits per parameter, every byte of the file counted")
+    figure.draw_without_rendering()  # places are known from here on
+    for own in labels:
+        separate(own)
     figure.savefig(path, dpi=110)
 
 

@@ -65,7 +65,7 @@ def draw(results: Results, directory: Path) -> list[Path]:
         figure.suptitle(f"{setup.finetuned} as a delta on {setup.base}, {setup.rows} rows", x=0.01, ha="left", size=13)
         figure.draw_without_rendering()  # places are known from here on
         for own in labels:
-            _separate(own)
+            separate(own)
         written = []
         for suffix, metadata in (("png", None), ("svg", {"Date": None})):
             buffer = io.BytesIO()
@@ -76,8 +76,8 @@ def draw(results: Results, directory: Path) -> list[Path]:
     return written
 
 
-def draw_panel(axes: Axes, panel: Panel, rows: Sequence[Summary]) -> list[Annotation]:
-    """A line for every codec; → their names, each at the smallest file."""
+def draw_panel(axes: Axes, panel: Panel, rows: Sequence[Summary], codecs: Sequence[str] = ()) -> list[Annotation]:
+    """A line for every codec, in the colour of its place among `codecs`; → their names, each at the smallest file."""
     from matplotlib.ticker import FuncFormatter
 
     labels = []
@@ -86,7 +86,7 @@ def draw_panel(axes: Axes, panel: Panel, rows: Sequence[Summary]) -> list[Annota
     if panel.is_log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    for index, codec in enumerate(sorted({row.codec for row in rows})):
+    for index, codec in enumerate(codecs or sorted({row.codec for row in rows})):
         # a delta that loses nothing has no place on a logarithmic axis
         own = [row for row in rows if row.codec == codec and (row.mean(panel.field) or not panel.is_log)]
         own = [row for row in own if row.values(panel.field)]
@@ -157,7 +157,7 @@ def _label(axes: Axes, text: str, at: tuple[float, float], colour: str) -> Annot
     )
 
 
-def _separate(labels: Sequence[Annotation]) -> None:
+def separate(labels: Sequence[Annotation]) -> None:
     """Moves labels up and down until none covers another."""
     boxes = [label.get_window_extent() for label in labels]
     shifts = [0.0] * len(labels)  # pixels, upward
