@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 * 2**20
+LAYOUT = 2  # of the structures that C and Python both spell out; terms.h has the same number
 logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"}
@@ -91,7 +92,7 @@ def available() -> tuple[str, ...]:
 
 @cache
 def load(instruction_set: str | None = None) -> Library:
-    """The best there is, or the one asked for. Raises NativeUnavailable."""
+    """The best there is, or the one asked for. Raises NativeUnavailable; RuntimeError for one of other sources."""
     found = available()
     if instruction_set is not None and instruction_set not in found:
         raise NativeUnavailable(
@@ -99,6 +100,8 @@ def load(instruction_set: str | None = None) -> Library:
         )
     for name in found if instruction_set is None else (instruction_set,):
         library = ctypes.CDLL(str(FOLDER / f"lib{name}.so"))
+        if getattr(library, "ds_layout", int)() != LAYOUT:
+            raise RuntimeError(f"lib{name}.so was built from other sources: python kernels/build_native.py")
         for function, arguments in _ARGUMENTS.items():
             getattr(library, function).argtypes = arguments
             getattr(library, function).restype = None

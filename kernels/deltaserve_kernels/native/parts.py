@@ -42,7 +42,7 @@ _NUMBERS = (
 )  # fmt: skip
 _POINTERS = (
     "codes", "table", "row", "col", "group_scale", "values", "signs", "gains", "dct_in", "dct_in_tail", "dct_out",
-    "dct_out_tail", "starts", "columns", "before",
+    "dct_out_tail", "starts", "columns", "row_levels", "col_levels", "before",
 )  # fmt: skip
 _SHARED = {"signs", "dct_in", "dct_in_tail", "dct_out", "dct_out_tail"}  # by all deltas
 
@@ -89,7 +89,9 @@ class Part:
         )
         if Kind.PATCHES in (self.kind, other.kind) or self.before or other.before or mine != theirs:
             return False
-        return all(_same(self.tensors.get(name), other.tensors.get(name)) for name in ("col", "columns", "signs"))
+        return all(
+            _same(self.tensors.get(name), other.tensors.get(name)) for name in ("col", "col_levels", "columns", "signs")
+        )
 
     @property
     def arena_bytes(self) -> int:
@@ -161,6 +163,14 @@ def _row(part: Part, scale: Tensor | None) -> Part:
 
 def _column(part: Part, scale: Tensor | None) -> Part:
     return part if scale is None else replace(part, tensors=part.tensors | {"col": _floats(scale)})
+
+
+def _levels(name: str, values: Tensor) -> dict[str, Tensor]:
+    """`values` as a table of 16 and a byte for each; as they are where there are more of them."""
+    table, places = torch.unique(_floats(values), return_inverse=True)
+    if len(table) > 16:
+        return {name: _floats(values)}
+    return {name: _at_least(16, table), f"{name}_levels": places.to(torch.uint8)}
 
 
 def _coded(term: Coded) -> Part | None:
@@ -236,8 +246,12 @@ def _book(term: Codebook) -> Part | None:
         "bits": term.bits, "is_signed": int(term.signed), "length": term.length, "tile": term.tile,
         "stages": term.stages, "segments": term.segments, "size": size, "transforms": len(signs),
     }  # fmt: skip
-    part = Part(Kind.BOOK, term.rows, term.cols, numbers, tensors)
-    return _column(_row(part, term.row_scales() / size**0.5), term.column_scales())
+    row, col = term.row_scales() / size**0.5, term.column_scales()
+    if row.numel() > 1:
+        tensors |= _levels("row", row)
+    if col is not None:
+        tensors |= _levels("col", col)
+    return Part(Kind.BOOK, term.rows, term.cols, numbers, tensors, 1.0 if row.numel() > 1 else float(row))
 
 
 def _grid(term: Codebook) -> Part | None:

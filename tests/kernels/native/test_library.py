@@ -68,6 +68,14 @@ def test_an_unknown_instruction_set_is_refused() -> None:
         load("neon")
 
 
+@pytest.mark.skipif(not available(), reason="no library was built")
+@pytest.mark.usefixtures("fresh")
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deltaserve_kernels.native.library.LAYOUT", 0)
+    with pytest.raises(RuntimeError, match=r"built from other sources: python kernels/build_native\.py"):
+        load()
+
+
 @pytest.mark.parametrize("threads", [-1, 0, 1, 2, 5, 1000])
 def test_any_number_of_threads_may_be_asked_for(library: Library, threads: int) -> None:
     """Fewer than one is one; each change takes effect at the next call."""

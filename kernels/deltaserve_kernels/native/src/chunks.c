@@ -191,8 +191,14 @@ void finish_chunk(const Part *part, int rows, int row, float *sum) {
     for (int m = 0; m < rows; m++) {
         float *s = sum + m * CHUNK;
         if (part->t_out) transform(part->t_out, part->t_out_size, part->dct_out, part->dct_out_tail, 1, s, part->rows, row, CHUNK);
-        if (part->row) for (int j = 0; j < count; j++) s[j] *= part->scale * part->row[row + j];
-        else for (int j = 0; j < count; j++) s[j] *= part->scale;
+        if (!part->row) {
+            for (int j = 0; j < count; j++) s[j] *= part->scale;
+            continue;
+        }
+        int j = 0;
+        for (; j + VW <= count; j += VW)
+            vstore(s + j, vmul(vload(s + j), vmul(vset(part->scale), scales_at(part->row, part->row_levels, row + j))));
+        for (; j < count; j++) s[j] *= part->scale * part->row[part->row_levels ? part->row_levels[row + j] : row + j];
     }
 }
 

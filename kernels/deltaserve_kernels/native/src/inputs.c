@@ -61,15 +61,15 @@ static void chain(const Part *part, const u16 *x, long ldx, int rows, u16 *out) 
     }
 }
 
-static void read_line(const Part *part, const u16 *from, const float *scale, float *line) {
+static void read_line(const Part *part, const u16 *from, int is_scaled, float *line) {
     int i = 0, cols = part->cols;
     if (part->columns && part->kind != PATCHES)
         for (; i < cols; i++) line[i] = to_float(from[part->columns[i]]);
     for (; i + VW <= cols; i += VW) vstore(line + i, vload_bf16(from + i));
     for (; i < cols; i++) line[i] = to_float(from[i]);
-    if (!scale) return;
-    for (i = 0; i + VW <= cols; i += VW) vstore(line + i, vmul(vload(line + i), vload(scale + i)));
-    for (; i < cols; i++) line[i] *= scale[i];
+    if (!is_scaled) return;
+    for (i = 0; i + VW <= cols; i += VW) vstore(line + i, vmul(vload(line + i), scales_at(part->col, part->col_levels, i)));
+    for (; i < cols; i++) line[i] *= part->col[part->col_levels ? part->col_levels[i] : i];
 }
 
 static void write_line(const float *line, int cols, u16 *out) {
@@ -83,12 +83,12 @@ typedef struct {
     const Part *part;
     const u16 *x;
     long ldx;
-    const float *scale;
+    int is_scaled;
 } Reader;
 
 static void read_row(const Reader *reader, int m, float *line) {
     const Part *part = reader->part;
-    read_line(part, reader->x + m * reader->ldx, reader->scale, line);
+    read_line(part, reader->x + m * reader->ldx, reader->is_scaled, line);
     if (part->t_in) transform(part->t_in, part->t_in_size, part->dct_in, part->dct_in_tail, 0, line, part->cols, 0, part->cols);
 }
 
@@ -113,11 +113,11 @@ void make_input(const Part *part, const u16 *x, long ldx, int rows, void *out) {
         chain(part, x, ldx, rows, out);
         return;
     }
-    Reader reader = {part, x, ldx, part->col};
+    Reader reader = {part, x, ldx, part->col != NULL};
     if (part->before) {
         u16 *chained = scratch(6, (size_t)(rows * width) * sizeof *chained);
         chain(part, x, ldx, rows, chained);
-        reader = (Reader){part, chained, width, NULL};
+        reader = (Reader){part, chained, width, 0};
     }
     if (part->kind == BOOK) {
         book_input(&reader, rows, out);

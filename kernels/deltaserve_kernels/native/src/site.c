@@ -85,8 +85,8 @@ static void fetch_run(const Run *run) {
         if (part->kind != BOOK) continue;
         int tiles = (part->rows + part->tile - 1) / part->tile, groups = (tiles + LANES - 1) / LANES;
         fetch(part->codes, (size_t)(groups * part->stages * part->segments) * 2 * (size_t)part->bits);
-        fetch(part->row, (size_t)part->rows * sizeof(float));
-        fetch(part->col, (size_t)part->cols * sizeof(float));
+        fetch(part->row_levels, (size_t)part->rows);
+        fetch(part->col_levels, (size_t)part->cols);
     }
 }
 
@@ -118,6 +118,8 @@ static int rows_at_once(const Run *run) {
         if (run->part[p].kind == BOOK) return LANES;
     return SLICE;
 }
+
+EXPORT int ds_layout(void) { return LAYOUT; }
 
 EXPORT void ds_site(const Site *site, const u16 *x, long ldx, float *y, long ldy, int rows, const Run *run, int runs) {
     Run *cut = scratch(0, (size_t)(runs + SLICE / LANES) * sizeof *cut);

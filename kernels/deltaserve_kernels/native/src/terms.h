@@ -4,6 +4,7 @@
 
 #include "common.h"
 
+enum { LAYOUT = 2 }; /* changes with the structures below */
 typedef enum { BASE_SCALE, CODED, DENSE, SPARSE, BOOK, GRID, PATCHES, VECTOR } Kind;
 typedef enum { NO_TRANSFORM, HADAMARD, DCT } Transform;
 
@@ -26,6 +27,7 @@ typedef struct Part {
     const u16 *table;
     const float *row, *col, *group_scale, *values, *signs, *gains, *dct_in, *dct_in_tail, *dct_out, *dct_out_tail;
     const int32_t *starts, *columns;
+    const u8 *row_levels, *col_levels; /* of a book: places in row and col, which then are tables of 16; or none */
     const struct Part *before;
 } Part;
 
@@ -39,6 +41,16 @@ typedef struct {
     const u16 *tiles;   /* [rows/32][cols/32][2][512] */
     const float *bias;
 } Site;
+
+/* Scales i … of a vector, or of the table that levels point into */
+static inline vf scales_at(const float *scale, const u8 *levels, int i) {
+    if (!levels) return vload(scale + i);
+#if defined(__AVX512F__)
+    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(levels + i))), vload(scale));
+#else
+    return _mm256_i32gather_ps(scale, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(levels + i))), 4);
+#endif
+}
 
 /* inputs.c. Of a sparse part: float [rows][cols], or from MANY rows on [cols][rows rounded up to 16] */
 enum { MANY = 4 };
