@@ -39,9 +39,9 @@ def disk_full_is_an_answer() -> Iterator[None]:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             raise RegistryUnavailable(f"the registry cannot be written: {error}") from None
-        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-            raise StorageFull(f"the registry cannot be written: {error}") from None
-        raise
+        if code == sqlite3.SQLITE_ERROR:  # a statement's fault, not the disk's
+            raise
+        raise StorageFull(f"the registry cannot be written: {error}") from None
 
 
 def alone_in(root: Path, refusal: str) -> TextIO:
