@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -45,7 +45,14 @@ def test_bodies_of_a_tenant_are_bounded_together(town: Any, process: ModuleType)
         for _ in range(2):
             connection = stack.enter_context(begin(town, key, 32 * MEBI))
             connection.sendall(b" " * (31 * MEBI))
-        refused = process.wait_until(lambda: is_refused(send(guest)), "the two have arrived", END_S)
+        connection.settimeout(2)
+
+        def refused_now() -> httpx.Response | None:
+            with suppress(TimeoutError):
+                assert connection.recv(1) == b"", "nothing is said before the body is whole"
+            return is_refused(send(guest))
+
+        refused = process.wait_until(refused_now, "the two have arrived", END_S)
         assert refused.json()["error"]["code"] == "rate_limit_exceeded", refused.text
         assert 0 < int(refused.headers["retry-after"]) <= 120
         assert guest.post(PATH, json=ASKED).status_code == 200, "what is small has its place"
