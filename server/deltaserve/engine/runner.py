@@ -116,15 +116,15 @@ class Runner:
         return tuple(report for report in reports if report is not None)
 
 
-def _together(rows: Sequence[Tensor]) -> Tensor:
+def _together(rows: list[Tensor]) -> Tensor:
     """[R, V] of rows [V]; a view where they lie at even distances, as they do unless models are mixed."""
     first, starts = rows[0], [row.storage_offset() for row in rows]
     step = starts[1] - starts[0] if len(rows) > 1 else len(first)
-    is_even = starts == list(range(starts[0], starts[0] + step * len(rows), step)) if step > 0 else False
+    is_even = step > 0 and starts == list(range(starts[0], starts[0] + step * len(rows), step))
     storage = first.untyped_storage().data_ptr()
     if is_even and all(row.untyped_storage().data_ptr() == storage and row.stride() == (1,) for row in rows):
         return first.as_strided((len(rows), len(first)), (step, 1))
-    return torch.stack([*rows])
+    return torch.stack(rows)
 
 
 def _is_ready(guide: Guide | None, deadline_s: float) -> bool:

@@ -63,7 +63,8 @@ def sample(logits: Tensor, requests: Sequence[Request], generators: Generators) 
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, list[bool]]:
-    """int64 [R], and whether that logit is finite: NaN anywhere is the largest."""  # NumPy: ten times as fast on a CPU
+    """int64 [R], and whether that logit is finite: NaN anywhere is the largest."""
+    # on a CPU NumPy takes a tenth of torch's time
     best = torch.from_numpy(logits.numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
     return best, logits.gather(1, best[:, None])[:, 0].isfinite().tolist()
 

@@ -151,12 +151,10 @@ class Gate:
     def enter(self, tenant_id: int, limits: Limits, headers: dict[str, str]) -> Ticket:
         """Takes one request from the bucket, before any work is done for it. Raises RateLimited."""
         with self.account(tenant_id, limits) as account:
-            headers.update(account.headers())
+            self.refuse_if_empty(tenant_id, limits, headers)
             if account.requests is not None:
-                if (wait_s := account.requests.wait_s(1)) > 0:
-                    raise _too_many("requests", account.requests, wait_s)
                 account.requests.level -= 1
-                headers.update(account.headers())
+            headers.update(account.headers())
         return Ticket(self, tenant_id, limits, headers)
 
     def refuse_if_empty(self, tenant_id: int, limits: Limits, headers: dict[str, str]) -> None:
