@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ class _Slots:
     def unpin(self, slot: Slot) -> None:
         pass
 
-    def want(self, digests: Sequence[DeltaDigest]) -> None:
+    def want(self, digests: Sequence[DeltaDigest], held: Collection[DeltaDigest] = ()) -> None:
         pass
 
     def overdue(self) -> list[Slot]:

@@ -19,7 +19,7 @@ from deltaserve.errors import BadRequest, DeltaLoadFailed, StoreUnavailable
 from deltaserve.ids import DeltaDigest, Slot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 WAIT_S = 20.0
@@ -56,6 +56,8 @@ class Shelf:
         self.digests = list(files)
         self.reads: list[DeltaDigest] = []
         self.ready = threading.Semaphore(0)
+        self.disk = threading.Event()  # reads wait while it is clear
+        self.disk.set()
         self.now = 0.0
         self.moves: list[str] = []
         self.residency = Residency(
@@ -69,6 +71,7 @@ class Shelf:
 
     def _path(self, digest: DeltaDigest) -> Path:
         self.reads.append(digest)
+        assert self.disk.wait(WAIT_S)
         return self.files[digest]
 
     @property
@@ -80,8 +83,8 @@ class Shelf:
         while self.states()[: len(states)] != list(states):
             assert self.ready.acquire(timeout=WAIT_S), f"{self.states()}, not {states}"
 
-    def want(self, *which: int) -> None:
-        self.residency.want([self.digests[one] for one in which])
+    def want(self, *which: int, held: Sequence[int] = ()) -> None:
+        self.residency.want([self.digests[one] for one in which], [self.digests[one] for one in held])
 
     def pin(self, which: int) -> Slot:
         """Pinned, loaded first where it must be."""
@@ -360,8 +363,10 @@ def test_what_is_wanted_is_read_in_turn_and_as_far_as_the_host_holds_it(make: Ca
 def test_a_change_of_turns_is_read_first(make: Callable[..., Shelf]) -> None:
     shelf = make(device=1)
     shelf.pin(0)
+    shelf.disk.clear()
     shelf.want(1, 2, 3)
     shelf.want(4, 1)
+    shelf.disk.set()
     shelf.wait_for("device", "host", "disk", "disk", "host")
     assert shelf.reads[2:] == [shelf.digests[4]], "what was being read is read to its end, what is not wanted is not"
 
@@ -443,6 +448,28 @@ def test_a_delta_that_is_waited_for_keeps_its_slot_for_a_quantum_though_unused(m
     shelf.now = 5.0
     shelf.want(1, 0)
     assert shelf.states()[:2] == ["host", "device"]
+
+
+def test_what_waits_beside_slots_that_it_holds_takes_the_one_that_nobody_uses_at_once(
+    make: Callable[..., Shelf],
+) -> None:
+    shelf = make(device=2, quantum_s=5.0)
+    shelf.pin(0)
+    shelf.use(1)
+    shelf.want(2, 1, held=[0])
+    shelf.wait_for("device", "host", "device")
+
+
+def test_a_slot_is_not_closed_for_the_one_that_holds_it_nor_for_a_later_one(make: Callable[..., Shelf]) -> None:
+    shelf = make(device=3, quantum_s=1.0)
+    for one in (0, 1, 2):
+        shelf.pin(one)
+    shelf.want(3)
+    shelf.wait_for("device", "device", "device", "host")
+    shelf.now = 2.0
+    shelf.want(1, 3, held=[0])
+    assert shelf.residency.try_pin(shelf.digests[2]) is None, "the only one that may close"
+    assert [shelf.residency.is_ready(shelf.digests[one]) for one in range(4)] == [True, True, False, False]
 
 
 def test_after_the_longest_wait_a_slot_is_to_be_left(make: Callable[..., Shelf]) -> None:

@@ -17,7 +17,7 @@ from deltaserve.ids import DeltaDigest, RequestId, Slot
 from deltaserve.metrics import Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 WAIT_S = 20.0
 EOS, DAMAGED = 2, 666
@@ -57,7 +57,7 @@ class Gate:
     def unpin(self, slot: Slot) -> None:
         self.pins[slot] -= 1
 
-    def want(self, digests: Sequence[DeltaDigest]) -> None:
+    def want(self, digests: Sequence[DeltaDigest], held: Collection[DeltaDigest] = ()) -> None:
         pass
 
     def overdue(self) -> list[Slot]:

@@ -210,6 +210,13 @@ def test_a_request_that_waits_for_its_delta_runs_when_it_is_woken(house: House) 
     assert client.wait().finish_reason == FinishReason.LENGTH
 
 
+def test_a_slot_that_comes_free_by_time_alone_is_found(house: House) -> None:
+    client = house.client(digest="away").submit()
+    assert house.client().submit().wait()
+    house.gate.slots["away"] = 0
+    assert client.wait().finish_reason == FinishReason.LENGTH
+
+
 def test_an_idle_engine_runs_no_steps(house: House) -> None:
     house.client(digest="away").submit()
     house.client().submit().wait()

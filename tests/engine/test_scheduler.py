@@ -39,6 +39,7 @@ class Gate:
     pins: Counter[int] = field(default_factory=Counter)
     most: int = 99  # that can be on the device at the same time
     wanted: list[str] = field(default_factory=list)
+    held: set[str] = field(default_factory=set)
     late: list[int] = field(default_factory=list)  # slots to be left
 
     def try_pin(self, digest: DeltaDigest) -> Slot | None:
@@ -54,12 +55,15 @@ class Gate:
         self.pins[slot] -= 1
         assert self.pins[slot] >= 0
 
+    def is_ready(self, digest: DeltaDigest) -> bool:
+        return digest in self.slots or digest in self.broken
+
     def check_together(self, digests: Collection[DeltaDigest]) -> None:
         if len(digests) > self.most:
             raise BadRequest("too many", param="mixture")
 
-    def want(self, digests: Sequence[DeltaDigest]) -> None:
-        self.wanted = list(digests)
+    def want(self, digests: Sequence[DeltaDigest], held: Collection[DeltaDigest] = ()) -> None:
+        self.wanted, self.held = list(digests), set(held)
 
     def overdue(self) -> list[Slot]:
         late, self.late = self.late, []
@@ -400,6 +404,20 @@ def test_one_waiting_mixture_keeps_what_it_has_and_a_second_one_takes_nothing() 
     scheduler.remove(gathering)
     plan(scheduler)
     assert (gathering.pinned, other.pinned) == (False, True)
+
+
+def test_what_the_mixture_that_keeps_pins_lacks_comes_first_in_turn() -> None:
+    """Otherwise what is loaded for another in the slot it waits for would wait for the slots it holds."""
+    gate = Gate({"a": 0, "c": 1})
+    gathering, other = make_request(1, "a", "b"), make_request(1, "c", "d")
+    gathering.tenant, other.tenant = "late", "early"
+    scheduler = make(gathering, gate=gate)
+    plan(scheduler)
+    scheduler.waiting.charge("late", 100, 0)
+    scheduler.add(other)
+    plan(scheduler)
+    assert (gate.wanted, gate.held) == (["b", "c", "d"], {"a"})
+    assert gate.pins == Counter({0: 1}), "a pin for nothing would make the other's delta leave"
 
 
 @pytest.mark.parametrize(("seats", "blocks", "most"), [(1, 100, 9), (8, 3, 9), (8, 100, 1)])

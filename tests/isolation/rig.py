@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.engine.blocks import BlockPool
+from deltaserve.engine.loop import RETRY_S
 from deltaserve.engine.runner import ChunkResult, Runner, mixed
 from deltaserve.engine.scheduler import Chunk, Scheduler
 from deltaserve.engine.types import Request, SamplingParams
@@ -76,10 +78,13 @@ class FixedGate:
     def unpin(self, slot: Slot) -> None:
         self.pins[slot] -= 1
 
+    def is_ready(self, digest: DeltaDigest) -> bool:
+        return digest in self._slots
+
     def check_together(self, digests: Collection[DeltaDigest]) -> None:
         assert len(digests) <= len(self._slots)
 
-    def want(self, digests: Sequence[DeltaDigest]) -> None:
+    def want(self, digests: Sequence[DeltaDigest], held: Collection[DeltaDigest] = ()) -> None:
         pass
 
     def overdue(self) -> list[Slot]:
@@ -152,10 +157,14 @@ class Rig:
         """Adds `requests` and steps until nothing is left; → what each was answered."""
         for request in requests:
             self.scheduler.add(request)
+        moved_s = time.monotonic()
         while len(self.scheduler):
             self.ready.clear()
-            if not self.step():
-                assert self.ready.wait(WAIT_S), "nothing runs and nothing loads"
+            if self.step():
+                moved_s = time.monotonic()
+                continue
+            assert time.monotonic() - moved_s < WAIT_S, "nothing runs and nothing loads"
+            self.ready.wait(RETRY_S)
         assert self.blocks.num_free == self.blocks.num_blocks
         return [self.answer(request) for request in requests]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
+import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ from deltaserve.deltas.compress import compress
 from deltaserve.deltas.limits import Limits
 from deltaserve.deltas.residency import Residency
 from deltaserve.engine.blocks import BlockPool
+from deltaserve.engine.loop import RETRY_S
 from deltaserve.engine.scheduler import Scheduler
+from deltaserve.engine.types import Row
 from deltaserve.ids import DeltaDigest
 
 from .rig import CPU, WAIT_S, make_request
@@ -40,37 +43,45 @@ def files(
     return found
 
 
+@pytest.mark.parametrize("mixtures", [False, True], ids=["alone", "mixtures"])
 @pytest.mark.parametrize("patience_s", [0.0, 0.01, 30.0])
 @pytest.mark.parametrize("device", [1, 2, 4])
 @pytest.mark.parametrize("host", [1, 3, 6])
-def test_every_request_is_served(files: dict[DeltaDigest, Path], device: int, host: int, patience_s: float) -> None:
+def test_every_request_is_served(
+    files: dict[DeltaDigest, Path], device: int, host: int, patience_s: float, mixtures: bool
+) -> None:
     chance = random.Random(device * 100 + host)
     ready = threading.Event()
     limits = Limits(device, host, quantum_s=min(patience_s, 0.005), max_wait_s=patience_s)
     residency = Residency(lambda digest: nullcontext(files[digest]), CPU, limits, on_ready=ready.set)
     blocks = BlockPool(40, 4, b"salt")
-    scheduler = Scheduler(blocks, residency, max_num_seqs=3, max_num_batched_tokens=64)
+    scheduler = Scheduler(blocks, residency, max_num_seqs=4, max_num_batched_tokens=64)
     requests = [
         make_request([chance.randrange(3) for _ in range(chance.randint(1, 20))], chance.choice([None, *files]))
         for _ in range(40)
     ]
+    if mixtures:
+        for request in chance.sample(requests, 15):
+            names = [*chance.sample([*files], min(device, chance.randint(1, 3))), None]
+            request.digest, request.others = names[0], tuple(Row(digest=name) for name in names[1:])
     arriving = list(requests)
-    steps = 0
+    moved_s = time.monotonic()
     while arriving or len(scheduler):
         if arriving and chance.random() < 0.5:
             scheduler.add(arriving.pop())
         ready.clear()
         chunks, failed = scheduler.plan()
         assert not failed
-        steps += 1
-        assert steps < 20_000
-        if not chunks and not arriving:
-            assert ready.wait(WAIT_S), "nothing runs and nothing loads"
+        if chunks or arriving:
+            moved_s = time.monotonic()
+        else:
+            assert time.monotonic() - moved_s < WAIT_S, "nothing runs and nothing loads"
+            ready.wait(RETRY_S)
         for chunk in chunks:
             request = chunk.request
-            assert (request.slot >= 0) == (request.digest is not None)
-            if request.digest is not None:
-                assert residency.state(request.digest) == "device"
+            for row in request.rows:
+                assert (row.slot >= 0) == (row.digest is not None)
+                assert row.digest is None or residency.state(row.digest) == "device"
             sampled = chunk.samples
             request.num_computed += chunk.num_tokens
             if sampled:

@@ -2,8 +2,7 @@
 
 One thread reads from disk to host (verify the file, spell out masks, pack), ahead of need: what waits is read although
 every slot is in use. Another copies from host to device; on a CPU both are the same memory, and a delta is there at
-once. The engine's thread asks with `try_pin` and never waits. Slots are the device's places; a pinned slot keeps its
-delta.
+once. The engine's thread asks with `try_pin` and never waits. Slots are the device's places; a pinned one stays.
 
 What goes when room is needed: what is neither in use nor waited for, by bytes and by what it cost to bring
 (deltas.eviction). Where everything is in use, the first that waits closes the slot whose delta came longest ago and has
@@ -13,6 +12,7 @@ had its quantum: no new request gets in there, and the slot changes hands when t
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
@@ -29,7 +29,7 @@ from deltaserve.deltas.eviction import GreedyDual
 from deltaserve.deltas.limits import Limits
 from deltaserve.deltas.resident import Load, ResidentDelta, read_delta
 from deltaserve.errors import BadRequest, DeltaLoadFailed, StoreUnavailable
-from deltaserve.ids import DeltaDigest, Slot
+from deltaserve.ids import BASE_SLOT, DeltaDigest, Slot
 
 logger = logging.getLogger(__name__)
 Failure: TypeAlias = DeltaLoadFailed | StoreUnavailable
@@ -69,6 +69,7 @@ class Residency:
         self._pins = [0] * limits.device_deltas
         self._placed_s = [0.0] * limits.device_deltas  # when each slot's delta came
         self._closed: set[Slot] = set()
+        self._held: Collection[DeltaDigest] = ()
         self._wanted: dict[DeltaDigest, float] = {}  # what is waited for and since when, the first in turn first
         self._kept: dict[DeltaDigest, None] = {}
         self._prewarmed: dict[DeltaDigest, None] = {}  # to be brought once, where there is room
@@ -84,14 +85,13 @@ class Residency:
             if (failure := self._failures.pop(digest, None)) is not None:
                 self._wanted.pop(digest, None)  # all that waited end with it: it is not read again for them
                 raise failure
+            self._wanted.setdefault(digest, self._clock())
             if digest not in self._slot_of:
-                self._wanted.setdefault(digest, self._clock())
                 self._settle()
             slot = self._slot_of.get(digest)
             if slot is None or slot in self._closed:
-                self._wanted.setdefault(digest, self._clock())
                 return None
-            self._wanted.pop(digest, None)
+            del self._wanted[digest]
             self._use_on_device(digest)
             self._pins[slot] += 1
             return slot
@@ -103,6 +103,11 @@ class Residency:
             if not self._pins[slot]:
                 self._settle()
 
+    def is_ready(self, digest: DeltaDigest) -> bool:
+        """Would `try_pin` have an answer now, a slot or a failure?"""
+        with self._lock:
+            return digest in self._failures or self._slot_of.get(digest, BASE_SLOT) not in {BASE_SLOT, *self._closed}
+
     def check_together(self, digests: Collection[DeltaDigest]) -> None:
         """Raises BadRequest if these can never be on the device at once; a size is known after one load."""
         with self._lock:
@@ -111,10 +116,11 @@ class Residency:
         if len(needed) > len(self.slots) or (len(needed) > 1 and size > limit):
             raise BadRequest(f"{size} bytes together; at most {len(self.slots)} are on the device", param="mixture")
 
-    def want(self, digests: Sequence[DeltaDigest]) -> None:
-        """All that is waited for, the first in turn first. What is not named is not waited for any more."""
+    def want(self, digests: Sequence[DeltaDigest], held: Collection[DeltaDigest] = ()) -> None:
+        """All that is waited for, the first in turn first; what is not named is not waited for any more. `held` is
+        pinned by a request that waits for the first of them: those slots are not closed."""
         with self._lock:
-            now = self._clock()
+            now, self._held = self._clock(), held
             self._wanted = {digest: self._wanted.get(digest, now) for digest in digests}
             self._settle()
 
@@ -169,9 +175,7 @@ class Residency:
     def state(self, digest: DeltaDigest) -> str:
         """device, host or disk."""
         with self._lock:
-            if digest in self._slot_of:
-                return "device"
-            return "host" if digest in self._host_tier else "disk"
+            return "device" if digest in self._slot_of else "host" if digest in self._host_tier else "disk"
 
     def on_device(self) -> list[DeltaDigest]:
         with self._lock:
@@ -184,8 +188,7 @@ class Residency:
 
     def counts(self) -> dict[str, int]:
         with self._lock:
-            pinned = sum(pins > 0 for pins in self._pins)
-            return {"device": len(self._slot_of), "host": len(self._host_tier), "pinned": pinned}
+            return {"device": len(self._slot_of), "host": len(self._host_tier), "pinned": sum(map(bool, self._pins))}
 
     def resident_bytes(self, digest: DeltaDigest) -> int | None:
         """Bytes of one delta where it is loaded, else None."""
@@ -204,11 +207,11 @@ class Residency:
                 continue
             beside = self._kept_bytes(digest)
             if beside and beside + host.nbytes > (self._limits.device_bytes or math.inf):
-                failure = f"the delta {digest[:12]}, {host.nbytes} bytes, does not fit beside those that are kept"
-                self._failures[digest] = DeltaLoadFailed(failure)
+                message = f"the delta {digest[:12]}, {host.nbytes} bytes, does not fit beside those that are kept"
+                self._failures[digest] = DeltaLoadFailed(message)
                 continue
             if digest in self._wanted or digest in self._kept:
-                self._close_for(host.nbytes)
+                self._close_for(digest, host.nbytes)
                 break
             self._prewarmed.pop(digest)
         if self._reading is None and (following := self._next_to_read()) is not None:
@@ -288,8 +291,7 @@ class Residency:
 
     def _place(self, digest: DeltaDigest, slot: Slot, delta: ResidentDelta, seconds: float) -> None:
         self._costs["host", digest] = seconds
-        self.slots[slot] = delta
-        self._slot_of[digest] = slot
+        self.slots[slot], self._slot_of[digest] = delta, slot
         self._placed_s[slot] = self._clock()
         self._prewarmed.pop(digest, None)
         self._use_on_device(digest)
@@ -321,11 +323,13 @@ class Residency:
 
     def _try_free_slot(self, digest: DeltaDigest, num_bytes: int) -> Slot | None:
         """An empty slot, after evicting what must go for the count and the bytes; None, and nothing evicted, if that
-        would take one that is pinned or kept, or waited for and before `digest` in turn or without its quantum yet."""
+        would take one that is pinned or kept, or waited for and before `digest` in turn or without its quantum yet
+        (unless `digest` is waited for by who holds others)."""
         turns = {wanted: place for place, wanted in enumerate(self._wanted)}
         own = turns.get(digest, -1)
+        at_once = own == 0 and bool(self._held)
         free = [d for d, slot in self._slot_of.items() if not self._pins[slot] and d not in self._kept]
-        free = [d for d in free if d not in turns or (turns[d] > own and self._had_quantum(d))]
+        free = [d for d in free if d not in turns or (turns[d] > own and (at_once or self._had_quantum(d)))]
         free.sort(key=lambda d: (d in turns, self._on_device.standing(d)), reverse=True)
         victims: list[DeltaDigest] = []
         count, held = len(self._slot_of) + len(self._arriving), self._device_bytes()
@@ -340,17 +344,18 @@ class Residency:
         return next(Slot(i) for i, delta in enumerate(self.slots) if delta is None and i not in taken)
 
     def _fits(self, count: int, held: int, num_bytes: int) -> bool:
-        limit = self._limits.device_bytes
-        return count < len(self.slots) and (limit is None or not held or held + num_bytes <= limit)
+        return count < len(self.slots) and (not held or held + num_bytes <= (self._limits.device_bytes or math.inf))
 
-    def _close_for(self, num_bytes: int) -> None:
-        """Closes slots in use that had their quantum, the one whose delta came longest ago first, until `num_bytes`
-        would fit without them."""
+    def _close_for(self, wanted: DeltaDigest, num_bytes: int) -> None:
+        """Closes slots in use that had their quantum, the one whose delta came longest ago first, until `wanted` would
+        fit without them; none of what goes before it in turn."""
+        before = itertools.takewhile(lambda digest: digest != wanted, self._wanted)
+        spared = {*before, *self._held, *self._kept}
         count, held = len(self._slot_of) + len(self._arriving), self._device_bytes()
         for digest, slot in sorted(self._slot_of.items(), key=lambda item: self._placed_s[item[1]]):
             if self._fits(count, held, num_bytes):
                 return
-            if self._pins[slot] and digest not in self._kept and self._had_quantum(digest):
+            if self._pins[slot] and digest not in spared and self._had_quantum(digest):
                 self._closed.add(slot)
                 count, held = count - 1, held - self._bytes_of(digest)
 
@@ -369,11 +374,8 @@ class Residency:
     def _trim_host(self, newest: DeltaDigest) -> None:
         """Down to the limits, but for `newest`: what is not waited for first, then what is last in turn."""
         turns = {digest: place for place, digest in enumerate(self._wanted)}
-        order = sorted(
-            (digest for digest in self._host_tier if digest != newest),
-            key=lambda d: (d in turns, -turns.get(d, 0), self._on_host.standing(d)),
-            reverse=True,
-        )
+        order = [digest for digest in self._host_tier if digest != newest]
+        order.sort(key=lambda d: (d in turns, -turns.get(d, 0), self._on_host.standing(d)), reverse=True)
         limit = self._limits.host_bytes
         held = sum(delta.nbytes for delta in self._host_tier.values())
         while order and (len(self._host_tier) > self._limits.host_deltas or (limit is not None and held > limit)):
@@ -389,9 +391,8 @@ class Residency:
         self._on_host.use(digest, self._costs.get(("disk", digest), 0.0), self._host_tier[digest].nbytes)
 
     def _drop_from_device(self, digest: DeltaDigest, *, evicted: bool = True) -> None:
-        slot = self._slot_of.pop(digest)
-        assert not self._pins[slot]
-        self.slots[slot] = None
+        assert not self._pins[self._slot_of[digest]]
+        self.slots[self._slot_of.pop(digest)] = None
         self._on_device.remove(digest, evicted=evicted)
 
     def _drop_from_host(self, digest: DeltaDigest, *, evicted: bool = True) -> None:

@@ -23,6 +23,7 @@ from deltaserve.ids import RequestId
 from deltaserve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
+RETRY_S = 0.05  # between two plans where requests wait and nothing runs: a slot may have come free by time alone
 
 
 class Engine:
@@ -121,7 +122,7 @@ class Engine:
         while True:
             with self._work:
                 while not (self._stopping or self._changed or (len(self._scheduler) and not stuck)):
-                    self._work.wait()
+                    stuck = self._work.wait(RETRY_S if len(self._scheduler) else None)
                 self._changed = False
                 if self._stopping:
                     break

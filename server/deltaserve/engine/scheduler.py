@@ -112,9 +112,7 @@ class Scheduler:
         plan = StepPlan(self._max_num_batched_tokens, self._tokens_each())
         for slot in self._gate.overdue():
             self._vacate(plan, slot)
-        self._gate.want(
-            list(dict.fromkeys(w.digest for r in self.waiting for w in r.rows if w.digest is not None and not w.pinned))
-        )
+        self._tell_gate()
         for request in self.running:
             self.blocks.publish(request)  # the last step's
         for request in [r for r in self.running if r.num_pending == 1]:
@@ -135,6 +133,13 @@ class Scheduler:
                 least, smallest = min((least, smallest), (self.seats[party] / weight, party))
                 heapq.heappush(turns, (*self._turn(party), party))
         return list(plan.chunks.values()), list(plan.failed.items())
+
+    def _tell_gate(self) -> None:
+        """What is waited for. The mixture that keeps pins is first, or the others would wait for them in vain."""
+        gathering = [self._gathering] if self._gathering else []
+        rows = [(row, row.digest) for r in (*gathering, *self.waiting) for row in r.rows if row.digest is not None]
+        held = {row.digest for r in gathering for row in r.rows if row.digest is not None and row.pinned}
+        self._gate.want(list(dict.fromkeys(digest for row, digest in rows if not row.pinned)), held)
 
     def _turn(self, party: str) -> tuple[float, int, int]:
         counter, since = self.waiting.turn(party)
@@ -253,6 +258,9 @@ class Scheduler:
         none, loads for one would evict what was loaded for the other; with two, each could wait for the other's.
         Whoever waits for a delta that failed fails with it."""
         missing = [(row, row.digest) for row in request.rows if row.digest is not None and not row.pinned]
+        gathers = bool(request.others) and self._gathering in (None, request)
+        if request.others and not gathers and not all(self._gate.is_ready(digest) for _, digest in missing):
+            return False  # a pin for nothing would cost the one that gathers its turn
         got: list[Row] = []
         for row, digest in missing:
             try:
@@ -267,7 +275,7 @@ class Scheduler:
             if self._gathering is request:
                 self._gathering = None
             return True
-        if self._gathering in (None, request) and request.others:
+        if gathers:
             self._gathering = request
         else:
             self._unpin(request, got)

@@ -175,11 +175,15 @@ class DeltaGate(Protocol):
 
     def unpin(self, slot: Slot) -> None: ...
 
+    def is_ready(self, digest: DeltaDigest) -> bool:
+        """Would `try_pin` have an answer now, a slot or a failure?"""
+        ...
+
     def check_together(self, digests: Collection[DeltaDigest]) -> None:
         """Raises BadRequest if these can never be on the device at the same time."""
 
-    def want(self, digests: Sequence[DeltaDigest]) -> None:
-        """Deltas that requests wait for, the first in turn first."""
+    def want(self, digests: Sequence[DeltaDigest], held: Collection[DeltaDigest] = ()) -> None:
+        """Deltas that requests wait for, the first in turn first; and what the first of these requests has already."""
         ...
 
     def overdue(self) -> Sequence[Slot]:
