@@ -42,6 +42,8 @@ def test_requests_and_tokens_are_summed_by_tenant_model_and_day(usage: Usage, ac
         Used("a", "m", second, 1, 100, 0),
     ]
     assert usage.report(since=second) == [Used("a", "m", second, 1, 100, 0)]
+    assert usage.report(a, second, second) == usage.report(a, since=second)
+    assert {used.day for used in usage.report(until="2023-11-14")} == {"2023-11-14"}
     assert len(usage.report()) == 4
 
 

@@ -91,6 +91,14 @@ def test_a_path_that_does_not_exist_is_a_404(method: str, path: str, http: httpx
     assert f"{method} {path}" in error_of(http.request(method, path), 404, "not_found")["message"]
 
 
+def test_a_parameter_of_the_query_that_nobody_reads_is_refused(http: httpx.Client, error_of: ErrorOf) -> None:
+    error = error_of(http.put("/v1/deltas/m?sha265=" + 64 * "0", content=b"x"), 400, "unsupported_parameter")
+    assert error["param"] == "sha265" and "activate, sha256" in error["message"]
+    error_of(http.get("/v1/models?tenant=acme"), 400, "unsupported_parameter")
+    error_of(http.post("/v1/completions?stream=true", json={}), 400, "unsupported_parameter")
+    assert http.get("/v1/models?limit=1").status_code == 200
+
+
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [
@@ -100,6 +108,8 @@ def test_a_path_that_does_not_exist_is_a_404(method: str, path: str, http: httpx
         ("POST", "/v1/deltas", "GET"),
         ("POST", "/health", "GET"),
         ("BREW", "/v1/models", "GET"),
+        ("POST", "/v1/deltas/m", "GET, PUT, PATCH, DELETE"),
+        ("PUT", "/v1/models/m", "GET, DELETE"),
     ],
 )
 def test_a_method_that_a_path_does_not_take_is_a_405(

@@ -41,8 +41,10 @@ def test_no_route_answers_without_the_key(
     headers = {"authorization": header.encode()} if header else {}
     body = {"json": BODY} if method == "POST" else {}
     with httpx.Client(base_url=guarded.url) as stranger:
-        error = error_of(stranger.request(method, path, headers=headers, **body), 401, "invalid_api_key")
+        reply = stranger.request(method, path, headers=headers, **body)
+        error = error_of(reply, 401, "invalid_api_key")
     assert error["type"] == "authentication_error"
+    assert reply.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("path", ["/openapi.json", "/docs", "/redoc"])

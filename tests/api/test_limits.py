@@ -120,7 +120,9 @@ def test_models_and_bytes(guest: Guest, tenants: dict[str, Any], error_of: Error
     error_of(guest.http.put("/v1/deltas/c", content=iter([sign])), 413, "artifact_too_large")
 
 
-def test_the_bill_agrees_with_the_replies_and_is_ones_own(guest: Guest, tenants: dict[str, Any]) -> None:
+def test_the_bill_agrees_with_the_replies_and_is_ones_own(
+    guest: Guest, tenants: dict[str, Any], error_of: ErrorOf
+) -> None:
     guest.put("m", tenants["sign"].artifact)
     spent = [
         guest.ask(model=model, n=n, temperature=1).json()["usage"]
@@ -150,7 +152,9 @@ def test_the_bill_agrees_with_the_replies_and_is_ones_own(guest: Guest, tenants:
     assert {line["tenant"] for line in guest.town.admin("GET", "usage")["data"]} >= {guest.name, "acme"}
     assert {line["tenant"] for line in guest.http.get("/v1/usage").json()["data"]} == {guest.name}
     assert guest.http.get("/v1/usage?since=9999-01-01").json()["data"] == []
-    assert guest.http.get("/v1/usage?since=yesterday").status_code == 400
+    assert guest.http.get("/v1/usage?until=2026-01-01").json()["data"] == []
+    for day in ("yesterday", "2026-13-45", "20260101", "1700000000"):
+        assert day in error_of(guest.http.get(f"/v1/usage?since={day}"), 400, "invalid_request")["message"]
     counted = guest.town.server.metric("deltaserve:tenant_generation_tokens_total", tenant=guest.name, model="m")
     assert counted >= own["completion_tokens"]
 

@@ -72,6 +72,18 @@ def test_an_upload_that_does_not_activate_waits_for_a_canary(
     assert {fingerprint(acme, "m", user=f"user-{number}") for number in range(24)} == {found[3][:12]}
 
 
+def test_what_cannot_be_changed_says_who_holds_it(acme: httpx.Client, error_of: ErrorOf) -> None:
+    acme.patch("/v1/deltas/m", json={"canary": {"version": 2, "percent": 5}}).raise_for_status()
+    message = error_of(acme.request("DELETE", "/v1/deltas/m@3"), 409, "version_in_use")["message"]
+    assert message == "m points to version 3; move it first"
+    message = error_of(acme.request("DELETE", "/v1/deltas/m@2"), 409, "version_in_use")["message"]
+    assert message == "the canary of m points to version 2; move it first"
+    etag = acme.get("/v1/deltas/m").headers["etag"]
+    error = error_of(acme.patch("/v1/deltas/m@1", json={"pinned": True}), 400, "invalid_request")
+    assert error["param"] == "name"
+    assert acme.get("/v1/deltas/m").headers["etag"] == etag
+
+
 def test_versions_beyond_the_bound_go_but_not_those_in_use(
     acme: httpx.Client, town: Any, tenants: dict[str, Any], error_of: ErrorOf
 ) -> None:

@@ -12,7 +12,7 @@ from deltaserve.api.deps import CallerDep, Services, ServicesDep
 from deltaserve.api.openapi import raises
 from deltaserve.api.paging import After, Limit, page
 from deltaserve.api.schemas import Text, Wire, example
-from deltaserve.api.usage import Day, usage_report
+from deltaserve.api.usage import Since, Until, usage_report
 from deltaserve.errors import InvalidName, NameConflict, NotFound, StorageFull
 from deltaserve.tenants.accounts import Scope, Tenant
 from deltaserve.tenants.keys import Key
@@ -185,7 +185,9 @@ async def audit_log(
 
 
 @router.get("/usage", openapi_extra=raises(NotFound))
-async def all_usage(services: ServicesDep, tenant: str | None = None, since: Day = "") -> dict[str, Any]:
+async def all_usage(
+    services: ServicesDep, tenant: str | None = None, since: Since = None, until: Until = None
+) -> dict[str, Any]:
     """By day, tenant and model."""
     owner = services.accounts.named(tenant) if tenant is not None else None
-    return await asyncio.to_thread(usage_report, services, owner, since)
+    return await asyncio.to_thread(usage_report, services, owner, since, until)

@@ -21,6 +21,7 @@ from deltaserve.deltas.files import PIECE_BYTES
 from deltaserve.deltas.store import Destination, Stored
 from deltaserve.errors import (
     ArtifactTooLarge,
+    BadRequest,
     Draining,
     ModelNotFound,
     NameConflict,
@@ -219,7 +220,9 @@ async def change_delta(
         if body.shared_with is not None and not caller.is_admin:  # a tenant that names others learns who is there
             raise PermissionDenied("an admin alone shares models with other tenants", param="shared_with")
         canary = Canary(body.canary.version, body.canary.percent) if body.canary else None
-        model, _ = services.store.models.owned(caller, name)
+        model, version = services.store.models.owned(caller, name)
+        if version is not None:
+            raise BadRequest('versions do not change; {"version": N} is what moves the name to one', param="name")
         if canary is None and "canary" in body.model_fields_set:
             canary = Canary(model.active.number, 0)
         expires = None

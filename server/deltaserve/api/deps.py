@@ -23,7 +23,7 @@ from deltaserve.deltas.store import DeltaStore
 from deltaserve.engine.grammars import Grammars
 from deltaserve.engine.loop import Engine
 from deltaserve.engine.text import TextSide
-from deltaserve.errors import BadRequest, Draining, PermissionDenied
+from deltaserve.errors import BadRequest, Draining, PermissionDenied, UnsupportedParameter
 from deltaserve.ids import DeltaDigest
 from deltaserve.metrics import Metrics
 from deltaserve.settings import Settings
@@ -109,11 +109,25 @@ CallerDep = Annotated[Caller, Depends(caller)]
 DESCRIBED = HTTPBearer(auto_error=False, description="an API key")  # for the OpenAPI document; the middleware checks
 
 
+async def check_query(http: Request) -> None:
+    """A parameter that nobody reads may be one that was misspelt: a digest would go unchecked. Raises
+    UnsupportedParameter."""
+    if not http.query_params:
+        return
+    operation = http.app.openapi()["paths"][http.scope["route"].path_format][http.method.lower()]
+    known = {parameter["name"] for parameter in operation.get("parameters", ()) if parameter["in"] == "query"}
+    for name in http.query_params:
+        if name not in known:
+            allowed = f"there are {', '.join(sorted(known))}" if known else "there are none"
+            raise UnsupportedParameter(f"this path has no parameter `{name[:64]}`; {allowed}", param=name[:64])
+
+
 def needs(*any_of: Scope) -> list[Dependency]:
-    """For a router: its callers have one of these scopes. Raises PermissionDenied."""
+    """For a router: its callers have one of these scopes, and send no query that it does not know. Raises
+    PermissionDenied, UnsupportedParameter."""
 
     async def check(who: CallerDep) -> None:
         if not who.may(*any_of):
             raise PermissionDenied(f"this key lacks the scope {' or '.join(any_of or ('admin',))}")
 
-    return [Depends(DESCRIBED), Depends(check)]
+    return [Depends(DESCRIBED), Depends(check), Depends(check_query)]

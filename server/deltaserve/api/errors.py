@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from deltaserve.errors import (
     BadRequest,
@@ -24,6 +25,7 @@ from deltaserve.errors import (
 
 logger = logging.getLogger(__name__)
 TRIED = re.compile(r"str$|constrained-|function-|list\[")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 CLIENT_GONE = 499  # as nginx logs it
 TYPES = {
     400: "invalid_request_error",
@@ -43,6 +45,8 @@ def error_body(error: DeltaServeError) -> dict[str, Any]:
 
 def error_response(error: DeltaServeError) -> JSONResponse:
     headers = {"x-should-retry": "false"} if error.http_status in (409, 500) else {}
+    if error.http_status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if error.http_status == 408:
         headers["Connection"] = "close"  # the rest of the body is not waited for
     if error.retry_after_s is not None:
@@ -78,8 +82,13 @@ def install(app: FastAPI) -> None:
             else NotFound(f"there is no {asked}")
         )
         reply = error_response(refusal)
-        reply.headers.update(error.headers or {})
+        if error.status_code == 405:  # of every router with this path, not of the first alone
+            reply.headers["Allow"] = ", ".join(method for method in METHODS if _takes(app, request, method))
         return reply
+
+
+def _takes(app: FastAPI, request: Request, method: str) -> bool:
+    return any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in app.routes)
 
 
 def _where(detail: Mapping[str, Any]) -> str:

@@ -57,6 +57,7 @@ ANSWERS = (  # of a request for tokens
     *(ModelNotFound, ContextLengthExceeded, TemplateError, GrammarError, RateLimited, QueueFull),
     *(EngineFailure, DeltaLoadFailed, NumericalError, Draining, StoreUnavailable),
 )
+EVERYWHERE = (AuthenticationFailed, PermissionDenied, UnsupportedParameter, DeltaServeError, RegistryUnavailable)
 REFUSALS = (  # of an artifact
     *(ArtifactError, ArtifactCorrupt, ArtifactMismatch, ArtifactNotFinite, BaseMismatch, TemplateError),
     *(ArtifactTooLarge, QuotaExceeded, DigestMismatch, RateLimited, StorageFull, StoreUnavailable),
@@ -92,15 +93,13 @@ def document(app: FastAPI, open_paths: Iterable[str]) -> None:
                     del own["422"]
                 _add(own, _responses(map(BY_CODE.__getitem__, operation.pop(OWN, ()))))
                 if path not in open_paths:
-                    _add(
-                        own, _responses((AuthenticationFailed, PermissionDenied, DeltaServeError, RegistryUnavailable))
-                    )
+                    _add(own, _responses(EVERYWHERE))
                 if operation.get("parameters") or "requestBody" in operation:
                     _add(own, _responses((BadRequest,)))
                 if "requestBody" in operation:
                     _add(own, _responses((RequestTimeout,)))
                 if "application/json" in operation.get("requestBody", {}).get("content", {}):
-                    _add(own, _responses((InvalidJson, UnsupportedParameter)))
+                    _add(own, _responses((InvalidJson,)))
                 operation["responses"] = dict(sorted(own.items()))
         return made
 

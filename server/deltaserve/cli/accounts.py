@@ -18,13 +18,17 @@ if TYPE_CHECKING:
     Command = Callable[[argparse.Namespace], int]
 
 SCOPES = ("inference", "manage", "metrics", "admin")
-LIMITS = (
-    "requests_per_minute",
-    "tokens_per_minute",
-    "max_concurrent",
-    "max_tokens",
-    "max_bytes",
-    "max_models",
+LIMITS = {
+    "requests_per_minute": "requests for an answer",
+    "tokens_per_minute": "tokens, of prompts and answers",
+    "max_concurrent": "sequences that wait or run at once",
+    "max_tokens": "tokens of one answer",
+    "max_bytes": "bytes of models, and of files for jobs",
+    "max_models": "models, whatever their versions",
+}
+SCOPES_TEXT = (
+    "inference: ask models; manage: upload, change, delete; metrics: read /metrics; admin: all of it, for every "
+    "tenant. May be repeated (default: inference)"
 )
 DAY_S = 86400
 
@@ -50,17 +54,18 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     ):
         parser = tenant(word, text, run)
         parser.add_argument("name", metavar="NAME")
-        for limit in LIMITS:
-            parser.add_argument(f"--{limit.replace('_', '-')}", type=_bound, default=argparse.SUPPRESS, metavar="N")
+        for limit, what in LIMITS.items():
+            flag = f"--{limit.replace('_', '-')}"
+            parser.add_argument(flag, type=_bound, default=argparse.SUPPRESS, metavar="N", help=what)
     tenant("list", "all tenants", list_tenants).add_argument("--json", action="store_true")
     tenant("delete", "a tenant with its keys and models", delete_tenant).add_argument("name", metavar="NAME")
 
     key = group("key", "the keys of tenants")
     parser = key("create", "a new key; it is printed this once", create_key)
     parser.add_argument("tenant", metavar="TENANT")
-    parser.add_argument("--scope", action="append", choices=SCOPES, help="may be repeated (default: inference)")
+    parser.add_argument("--scope", action="append", choices=SCOPES, help=SCOPES_TEXT)
     parser.add_argument("--label", default="", help="what it is for")
-    parser.add_argument("--expires-in-days", type=whole(1, 3651))
+    parser.add_argument("--expires-in-days", type=whole(1, 3651), metavar="N", help="(default: never)")
     parser = key("list", "all keys, without their secrets", list_keys)
     parser.add_argument("tenant", metavar="TENANT", nargs="?")
     parser.add_argument("--json", action="store_true")
@@ -71,7 +76,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
     parser = subparsers.add_parser("usage", parents=[common], help="requests and tokens by day, tenant and model")
     parser.add_argument("tenant", metavar="TENANT", nargs="?", help="one alone (default: all)")
-    parser.add_argument("--since", metavar="YYYY-MM-DD", default="", help="the first day")
+    parser.add_argument("--since", metavar="YYYY-MM-DD", help="the first day")
+    parser.add_argument("--until", metavar="YYYY-MM-DD", help="the last day")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=usage)
 
@@ -131,7 +137,7 @@ def revoke_key(args: argparse.Namespace) -> None:
 
 @reports_errors
 def usage(args: argparse.Namespace) -> None:
-    params = {"since": args.since} | ({"tenant": args.tenant} if args.tenant is not None else {})
+    params = {name: value for name in ("since", "until", "tenant") if (value := getattr(args, name)) is not None}
     lines = _ask(args, "GET", "usage", params=params)["data"]
     _show(
         args,

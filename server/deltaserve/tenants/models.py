@@ -299,7 +299,8 @@ class Models:
     def drop(self, model: Model, version: Version) -> None:
         """Forgets one version. Raises VersionInUse for one that the name or its canary points to."""
         if version.number in model.held:
-            raise VersionInUse(f"{model.name} points to version {version.number}; move it first", param="version")
+            holder = model.name if version.number == model.active.number else f"the canary of {model.name}"
+            raise VersionInUse(f"{holder} points to version {version.number}; move it first", param="version")
         with self._registry.write() as db:
             db.execute("DELETE FROM versions WHERE model = ? AND version = ?", (model.id, version.number))
             db.execute("UPDATE models SET revision = revision + 1 WHERE id = ?", (model.id,))

@@ -19,6 +19,7 @@ from deltaserve.tenants.registry import Registry
 
 logger = logging.getLogger(__name__)
 WRITE_EVERY_S = 1.0
+FIRST_DAY, LAST_DAY = "0000-00-00", "9999-99-99"
 Kind = tuple[int, str, str, str]  # tenant's id and name, model, day
 
 
@@ -66,13 +67,13 @@ class Usage:
                 self._counts[kind, what] += amount  # type: ignore[assignment]
         self._something.set()
 
-    def report(self, tenant: Tenant | None = None, since: str = "") -> list[Used]:
-        """By day, tenant and model, from day `since` (YYYY-MM-DD) on."""
+    def report(self, tenant: Tenant | None = None, since: str = FIRST_DAY, until: str = LAST_DAY) -> list[Used]:
+        """By day, tenant and model, from day `since` (YYYY-MM-DD) up to and with day `until`."""
         self.write()
         rows = self._registry.rows(
             f"SELECT tenant_name, model, day, {', '.join(AMOUNTS)} FROM usage "
-            f"WHERE day >= ? {'AND tenant = ?' if tenant else ''} ORDER BY day, tenant, model",
-            *((since, tenant.id) if tenant else (since,)),
+            f"WHERE day BETWEEN ? AND ? {'AND tenant = ?' if tenant else ''} ORDER BY day, tenant, model",
+            *((since, until, tenant.id) if tenant else (since, until)),
         )
         return [Used(*row) for row in rows]
 
