@@ -137,7 +137,7 @@ class PermissionDenied(DeltaServeError):
 
 
 class QuotaExceeded(PermissionDenied):
-    """The tenant may store no more models or bytes."""
+    """The tenant may store, or have on the device, no more models or bytes."""
 
     code = "quota_exceeded"
 

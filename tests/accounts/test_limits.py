@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from deltaserve.errors import BadRequest, RateLimited
+from deltaserve.errors import BadRequest, QuotaExceeded, RateLimited
+from deltaserve.ids import DeltaDigest
 from deltaserve.tenants.limits import Gate, Limits, Ticket
 
 ME, OTHER = 1, 2
@@ -95,6 +96,23 @@ def test_sequences_are_counted_from_begin_to_end(door: Door) -> None:
     refused(lambda: door.enter(limits).begin(1, 1))
     with pytest.raises(BadRequest, match="at once"):
         door.enter(limits).begin(4, 1)
+
+
+def test_models_in_use_are_weighed_once_and_together(door: Door) -> None:
+    limits, a, b = Limits(max_resident_bytes=100), DeltaDigest("a"), DeltaDigest("b")
+    first, second, third = (door.enter(limits) for _ in range(3))
+    first.begin(1, 1, {a: 60})
+    second.begin(1, 1, {a: 60})
+    assert "120 bytes" in refused(lambda: third.begin(1, 1, {b: 60})).message
+    third.begin(1, 1)
+    door.enter(limits, OTHER).begin(1, 1, {b: 60})
+    first.end()
+    first.end()
+    refused(lambda: door.enter(limits).begin(1, 1, {b: 60}))
+    second.end(did_run=False)
+    door.enter(limits).begin(1, 1, {b: 60})
+    with pytest.raises(QuotaExceeded, match="101 bytes"):
+        door.enter(limits).begin(1, 1, {a: 60, b: 41})
 
 
 def test_what_did_not_run_costs_no_tokens_and_no_place(door: Door) -> None:

@@ -120,6 +120,44 @@ def test_models_and_bytes(guest: Guest, tenants: dict[str, Any], error_of: Error
     error_of(guest.http.put("/v1/deltas/c", content=iter([sign])), 413, "artifact_too_large")
 
 
+def test_sequences_that_wait(guest: Guest, error_of: ErrorOf) -> None:
+    many = {"prompt": ["Many"] * 5, "n": 16, "max_tokens": 1}  # more than there are seats
+    assert guest.ask(**many).status_code == 200
+    assert guest.limit(max_queued=0)["max_queued"] == 0
+    reply = guest.ask(**many)
+    assert (
+        "at most 0 of one tenant may" in error_of(reply, 429, "queue_full")["message"]
+        and "retry-after" in reply.headers
+    )
+    assert guest.ask().status_code == 200, "who finds a seat does not wait"
+
+
+def test_models_on_the_device(guest: Guest, tenants: dict[str, Any], error_of: ErrorOf, process: Any) -> None:
+    sizes = {name: guest.put(name, tenants[name].artifact).json()["resident_bytes"] for name in ("sign", "sparse")}
+    for name in sizes:  # once loaded, what they weigh is known better
+        guest.ask(model=name).raise_for_status()
+        sizes[name] = guest.http.get(f"/v1/deltas/{name}").json()["resident_bytes"]
+    guest.limit(max_resident_bytes=sum(sizes.values()) - 1)
+    body = {**BODY, "model": "sign", "max_tokens": 480, "stream": True, "ignore_eos": True, "n": 8, "temperature": 1}
+    with guest.http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        reply = guest.ask(model="sparse")
+        error_of(reply, 429, "rate_limit_exceeded")
+        assert "retry-after" in reply.headers
+        assert guest.ask(model="sign").status_code == guest.ask().status_code == 200
+        lines.close()
+    process.wait_until(lambda: guest.ask(model="sparse").status_code == 200, "what is idle makes room")
+
+    assert guest.http.patch("/v1/deltas/sign", json={"pinned": True}).status_code == 200
+    error_of(guest.ask(model="sparse"), 403, "quota_exceeded")
+    error_of(guest.http.patch("/v1/deltas/sparse", json={"pinned": True}), 403, "quota_exceeded")
+    assert guest.http.get("/v1/deltas/sparse").json()["pinned"] is False
+    assert guest.ask(model="sign").status_code == guest.ask().status_code == 200
+    assert guest.http.patch("/v1/deltas/sign", json={"pinned": False}).status_code == 200
+    assert guest.ask(model="sparse").status_code == 200
+
+
 def test_the_bill_agrees_with_the_replies_and_is_ones_own(
     guest: Guest, tenants: dict[str, Any], error_of: ErrorOf
 ) -> None:

@@ -35,6 +35,8 @@ class LimitsIn(Wire):
     max_tokens: Rate = None
     max_bytes: Bound = None
     max_models: Bound = None
+    max_queued: Bound = None
+    max_resident_bytes: Bound = None
 
 
 class TenantIn(Wire):

@@ -27,10 +27,12 @@ from deltaserve.errors import (
     NameConflict,
     PermissionDenied,
     PreconditionFailed,
+    QuotaExceeded,
     StorageFull,
     VersionInUse,
 )
 from deltaserve.tenants.accounts import Caller
+from deltaserve.tenants.limits import check_weights
 from deltaserve.tenants.models import Canary, Change, Condition, Model, Version, check_name, missing
 
 router = APIRouter()
@@ -210,7 +212,9 @@ async def get_delta(name: str, services: ServicesDep, caller: CallerDep) -> JSON
     return _reply(_card(services, caller, model, version or model.active), model)
 
 
-@changing.patch("/v1/deltas/{name:path}", openapi_extra=raises(ModelNotFound, PreconditionFailed, StorageFull))
+@changing.patch(
+    "/v1/deltas/{name:path}", openapi_extra=raises(ModelNotFound, PreconditionFailed, QuotaExceeded, StorageFull)
+)
 async def change_delta(
     name: str, body: ChangeIn, services: ServicesDep, caller: CallerDep, when: ConditionDep
 ) -> JSONResponse:
@@ -230,6 +234,7 @@ async def change_delta(
             expires = int(time.time()) + body.expires_in_s if body.expires_in_s else 0
         others = None if body.shared_with is None else [services.accounts.named(other) for other in body.shared_with]
         if body.pinned and not model.pinned:
+            _check_pin(services, model)
             services.pin(model.active.digest)  # raises where there is no room, before anything is changed
         try:
             return services.store.change(caller, name, Change(body.version, canary, body.pinned, expires, others), when)
@@ -238,6 +243,15 @@ async def change_delta(
 
     model = await asyncio.to_thread(change)
     return _reply(_card(services, caller, model, model.active), model)
+
+
+def _check_pin(services: Services, model: Model) -> None:
+    """Raises QuotaExceeded where the owner's pinned models would be over its `max_resident_bytes`."""
+    most = services.accounts.owner(model.tenant_id, "model").limits.max_resident_bytes
+    if most is not None:
+        version = model.active
+        mine = {version.digest: version.summary["resident_bytes"]}
+        check_weights(services.store.models.pinned_bytes(model.tenant_id) | mine, most)
 
 
 @changing.delete(

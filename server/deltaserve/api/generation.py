@@ -47,6 +47,7 @@ class Generation:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._leased: list[DeltaDigest] = []
         self._named: dict[str, DeltaDigest] = {}
+        self._weights: dict[DeltaDigest, int] = {}  # bytes on the device of what is leased
         self._digests: list[DeltaDigest | None] = []  # of the models that answer; None = the base
         self._live: dict[int, Request] = {}
         self._unfinished = 0  # requests whose last event has not come
@@ -78,7 +79,7 @@ class Generation:
             raise
         self._meter.begin(len(requests), sum(map(len, self.prompts)), len(self._models))
         try:
-            self._services.engine.submit(requests)
+            self._services.engine.submit(requests, self._meter.max_queued)
         except DeltaServeError:
             self._meter.undo()
             raise
@@ -181,6 +182,7 @@ class Generation:
             eos_ids |= profile.eos_ids  # any model of a mixture may end the answer
             if not profile.shares_vocabulary(self.profile):
                 raise BadRequest(f"{self._body.model!r} and {name!r} have different vocabularies", param="mixture")
+        self._meter.weigh({digest: self._weights[digest] for digest in self._digests if digest is not None})
         self.prompts = prompts(self.profile)
         wanted = grammar(self.profile)
         compiled = wanted and services.grammars.compile(wanted, self.profile.tokenizer)
@@ -223,6 +225,8 @@ class Generation:
             self._leased.append(version.digest)
             self._services.sightings.ask(version.digest, caller.tenant.id, model.tenant_id)
             self._named[name] = version.digest
+            loaded = self._services.residency.resident_bytes(version.digest)
+            self._weights[version.digest] = loaded or version.summary["resident_bytes"]
             self._billed[name] = model.called_by(caller)
         return self._named[name]
 

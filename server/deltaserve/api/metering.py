@@ -11,7 +11,9 @@ from fastapi import Request as HttpRequest
 from deltaserve.api.deps import Services
 from deltaserve.engine.types import SamplingParams
 from deltaserve.errors import BadRequest
+from deltaserve.ids import DeltaDigest
 from deltaserve.tenants.accounts import Caller
+from deltaserve.tenants.limits import Limits
 from deltaserve.tenants.usage import AMOUNTS
 
 
@@ -21,11 +23,16 @@ class Meter:
     def __init__(self, services: Services, http: HttpRequest) -> None:
         self.caller: Caller = http.state.caller
         self._services = services
-        self._limits = self.caller.tenant.limits
+        self._limits: Limits = self.caller.tenant.limits
         self._reply_headers: dict[str, str] = http.state.reply_headers
         self._prompt_tokens = 0
         self._completion_tokens = 0
         self._num_models = 1
+        self._weights: dict[DeltaDigest, int] = {}
+
+    @property
+    def max_queued(self) -> int | None:
+        return self._limits.max_queued
 
     def enter(self) -> None:
         """Raises RateLimited."""
@@ -41,9 +48,14 @@ class Meter:
             raise BadRequest(f"this tenant may ask for {most} tokens an answer", param="max_tokens")
         return replace(params, max_tokens=most)
 
+    def weigh(self, weights: dict[DeltaDigest, int]) -> None:
+        """Bytes of the deltas that it needs on the device; where they are bounded, with what the tenant has pinned."""
+        if weights and self._limits.max_resident_bytes is not None:
+            self._weights = self._services.store.models.pinned_bytes(self.caller.tenant.id) | weights
+
     def begin(self, num_sequences: int, prompt_tokens: int, num_models: int) -> None:
-        """Each of `num_models` of a mixture computes every token. Raises RateLimited, BadRequest."""
-        self._ticket.begin(num_sequences * num_models, prompt_tokens * num_models)
+        """Each of `num_models` of a mixture computes every token. Raises RateLimited, BadRequest, QuotaExceeded."""
+        self._ticket.begin(num_sequences * num_models, prompt_tokens * num_models, self._weights)
         self._prompt_tokens, self._num_models = prompt_tokens, num_models
 
     def undo(self) -> None:

@@ -54,7 +54,7 @@ OURS = {"type": "object", "required": ["error"], "properties": {"error": {
 
 
 ANSWERS = (  # of a request for tokens
-    *(ModelNotFound, ContextLengthExceeded, TemplateError, GrammarError, RateLimited, QueueFull),
+    *(ModelNotFound, ContextLengthExceeded, TemplateError, GrammarError, QuotaExceeded, RateLimited, QueueFull),
     *(EngineFailure, DeltaLoadFailed, NumericalError, Draining, StoreUnavailable),
 )
 EVERYWHERE = (AuthenticationFailed, PermissionDenied, UnsupportedParameter, DeltaServeError, RegistryUnavailable)

@@ -25,6 +25,8 @@ LIMITS = {
     "max_tokens": "tokens of one answer",
     "max_bytes": "bytes of models, and of files for jobs",
     "max_models": "models, whatever their versions",
+    "max_queued": "sequences that wait for a seat",
+    "max_resident_bytes": "bytes of models in use at once or pinned, on the device",
 }
 SCOPES_TEXT = (
     "inference: ask models; manage: upload, change, delete; metrics: read /metrics; admin: all of it, for every "

@@ -67,16 +67,18 @@ class Engine:
         with self._work:
             return max(self._live.total() - len(self._scheduler.running), 0)
 
-    def submit(self, requests: Sequence[Request]) -> None:
-        """All of them, which are of one party, or none. Raises QueueFull, Draining."""
+    def submit(self, requests: Sequence[Request], max_queued: int | None = None) -> None:
+        """All of them, which are of one party, or none. `max_queued`: a lower bound on what may wait of that party.
+        Raises QueueFull, Draining."""
+        most = self._most_queued if max_queued is None else min(max_queued, self._most_queued)
         with self._work:
             if self._stopping or not self._thread.is_alive():
                 raise Draining("the server is shutting down")
             party, free = requests[0].party, self._scheduler.num_free_seats
             own = max(self._live[party] - self._scheduler.seats[party], 0)
-            if own + len(requests) > self._most_queued + free:
+            if own + len(requests) > most + free:
                 self._metrics.rejections.inc()
-                raise QueueFull(f"{own} of your requests are waiting and at most {self._most_queued} of one tenant may")
+                raise QueueFull(f"{own} of your requests are waiting and at most {most} of one tenant may")
             if self.num_waiting + len(requests) > self._max_num_queued + free:
                 self._metrics.rejections.inc()
                 raise QueueFull(f"{self.num_waiting} requests are waiting and at most {self._max_num_queued} may")

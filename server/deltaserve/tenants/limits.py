@@ -2,6 +2,8 @@
 
     requests_per_minute, tokens_per_minute   buckets that fill evenly: a minute's worth at most, refilled by the minute
     max_concurrent                           sequences (choices of all prompts) that wait or run
+    max_queued                               of those, the ones that wait (`engine.loop`, at their submission)
+    max_resident_bytes                       of deltas on the device, in use or pinned
     max_tokens                               tokens of one answer
     max_bytes, max_models                    of what is stored (`tenants.models`, at the commit of an upload)
 
@@ -14,12 +16,14 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deltaserve.errors import BadRequest, RateLimited
+from deltaserve.errors import BadRequest, QuotaExceeded, RateLimited
+from deltaserve.ids import DeltaDigest
 
 MINUTE_S = 60.0
 MAX_HELD_BYTES = 64 * 2**20  # of one tenant's bodies in memory at once
@@ -36,6 +40,8 @@ class Limits:
     max_tokens: int | None = None
     max_bytes: int | None = None
     max_models: int | None = None
+    max_queued: int | None = None
+    max_resident_bytes: int | None = None
 
     def given(self) -> dict[str, int]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -84,6 +90,8 @@ class _Account:
         self.concurrent = 0
         self.uploading = 0  # bytes
         self.held = 0  # bytes of bodies in memory
+        self.users: Counter[DeltaDigest] = Counter()  # requests that use a delta
+        self.weights: dict[DeltaDigest, int] = {}  # bytes of those on the device
 
     def refill(self, limits: Limits, now: float) -> None:
         self.requests = _refilled(self.requests, limits.requests_per_minute, now)
@@ -107,10 +115,15 @@ class Ticket:
         self._limits = limits
         self._num_sequences = 0
         self._spent = 0
+        self._weights: Mapping[DeltaDigest, int] = {}
 
-    def begin(self, num_sequences: int, prompt_tokens: int) -> None:
-        """Raises RateLimited; BadRequest for more sequences than may ever run at once."""
-        most = self._limits.max_concurrent
+    def begin(self, num_sequences: int, prompt_tokens: int, weights: Mapping[DeltaDigest, int] | None = None) -> None:
+        """`weights`: bytes of what the request needs on the device, and of what is pinned there. Raises RateLimited;
+        BadRequest for more sequences than may ever run at once, QuotaExceeded for more weights."""
+        weights = weights or {}
+        most, most_bytes = self._limits.max_concurrent, self._limits.max_resident_bytes
+        if most_bytes is not None:
+            check_weights(weights, most_bytes)
         if most is not None and num_sequences > most:
             raise BadRequest(
                 f"{num_sequences} sequences in one request; this tenant may have {most} at once", param="n"
@@ -120,6 +133,11 @@ class Ticket:
                 raise RateLimited(f"this tenant has {account.concurrent} sequences of {most} at once", retry_after_s=1)
             if account.tokens is not None and (wait_s := account.tokens.wait_s(prompt_tokens)) > 0:
                 raise _too_many("tokens", account.tokens, wait_s)
+            if most_bytes is not None and (held := sum({**account.weights, **weights}.values())) > most_bytes:
+                raise RateLimited(f"{held} bytes of models would be in use, of at most {most_bytes}", retry_after_s=1)
+            account.users.update(weights.keys())
+            account.weights |= weights
+            self._weights = weights
             account.concurrent += num_sequences
             self._num_sequences = num_sequences
             self.spend(prompt_tokens)
@@ -138,6 +156,10 @@ class Ticket:
         with self._gate.account(self._tenant_id, self._limits) as account:
             account.concurrent -= self._num_sequences
             self._num_sequences = 0
+            account.users.subtract(self._weights.keys())
+            for digest in [digest for digest in self._weights if not account.users[digest]]:
+                del account.users[digest], account.weights[digest]
+            self._weights = {}
 
 
 class Gate:
@@ -203,6 +225,14 @@ class Gate:
             account = self._accounts.setdefault(tenant_id, _Account())
             account.refill(limits, self._clock())
             yield account
+
+
+def check_weights(weights: Mapping[DeltaDigest, int], most_bytes: int) -> None:
+    """Raises QuotaExceeded for what may never be on the device at once."""
+    if (needed := sum(weights.values())) > most_bytes:
+        raise QuotaExceeded(
+            f"with what is pinned this needs {needed} bytes of models on the device; this tenant may have {most_bytes}"
+        )
 
 
 def _refilled(bucket: _Bucket | None, per_minute: int | None, now: float) -> _Bucket | None:

@@ -309,6 +309,11 @@ class Models:
         """What pinned names point to."""
         return [_model(row).active.digest for row in self._registry.rows(f"{SELECT} WHERE m.pinned = 1")]
 
+    def pinned_bytes(self, tenant_id: int) -> dict[DeltaDigest, int]:
+        """What a tenant's pinned names point to, and its bytes on the device."""
+        rows = self._registry.rows(f"{SELECT} WHERE m.tenant = ? AND m.pinned = 1", tenant_id)
+        return {v.digest: v.summary["resident_bytes"] for v in (_model(row).active for row in rows)}
+
     def held_by(self, tenant_id: int) -> tuple[int, int]:
         """(models, bytes of their versions and of files that wait for a job); what two models share counts once."""
         sizes = """SELECT MAX(v.bytes) AS bytes FROM versions v JOIN models m ON m.id = v.model
