@@ -197,9 +197,13 @@ class Norm(nn.Module):
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 9, IN), (9, IN), (1, 9, 4, IN), (1, 9, 9, IN)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((1, 9, IN), 1), ((9, IN), 0), ((1, 9, 4, IN), 1), ((1, 4, 9, IN), 2), ((1, 9, 9, IN), 1), ((1, 9, 9, IN), 2)],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", [Norm, nn.LayerNorm])
-def test_a_norm_is_each_tenants_own_whatever_the_shape(context: StepContext, shape: Any, kind: Any) -> None:
+def test_a_norm_is_each_tenants_own_whatever_the_shape(context: StepContext, shape: Any, axis: int, kind: Any) -> None:
     base = kind(IN)
     own = {name: random(IN, seed=7) for name, _ in base.named_parameters()}
     deltas = [
@@ -211,8 +215,8 @@ def test_a_norm_is_each_tenants_own_whatever_the_shape(context: StepContext, sha
     enter(context, deltas)
     x = random(*shape, seed=3)
     before = {name: tensor.clone() for name, tensor in base.named_parameters()}
-    y = DeltaModule(base, "n", context)(x)
-    rows, answers = (x, y) if x.dim() == 2 else (x[0], y[0])
+    y = DeltaModule(base, "n", axis, context)(x)
+    rows, answers = x.movedim(axis, 0), y.movedim(axis, 0)
     for row, slot in enumerate(SLOTS):
         changed = own if slot == 0 else {"weight": own["weight"]} if slot == 2 else {}
         expected = torch.func.functional_call(base, {**before, **changed}, (rows[row],))
@@ -224,7 +228,7 @@ def test_a_norm_that_fails_keeps_the_bases_tensors(context: StepContext) -> None
     base = Norm(IN)
     enter(context, [ResidentDelta({}, {"n.weight": whole(random(IN + 1, seed=1))})], [0, 0])
     with pytest.raises(RuntimeError):
-        DeltaModule(base, "n", context)(random(1, 2, IN, seed=1))
+        DeltaModule(base, "n", 1, context)(random(1, 2, IN, seed=1))
     assert base.weight.shape == (IN,)
 
 
@@ -233,7 +237,7 @@ def layers(context: StepContext) -> dict[str, tuple[nn.Module, Tensor]]:
         "linear": (DeltaLinear(nn.Linear(IN, OUT), "l", 0, context), random(1, 2, IN, seed=1)),
         "head": (head_of(context, tied=False)[1], random(2, IN, seed=1)),
         "embedding": (DeltaEmbedding(nn.Embedding(VOCAB, IN), "e", context), torch.tensor([[1, 2]])),
-        "norm": (DeltaModule(Norm(IN), "n", context), random(1, 2, IN, seed=1)),
+        "norm": (DeltaModule(Norm(IN), "n", 1, context), random(1, 2, IN, seed=1)),
     }
 
 

@@ -128,6 +128,27 @@ class KvCache:
         return sum(k.nbytes + v.nbytes for k, v in self._layers.values())
 
 
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """softmax(c·tanh(q·kᵀ·scaling / c) ‖ sinks)·v: scores under a cap c, and a score for each head that takes its share
+    of the attention to nowhere. Either may be None.
+
+    q [..., kv heads, group, queries, size], k and v [..., kv heads, L, size], mask bool [..., queries, L],
+    sinks [heads] → [..., kv heads, group, queries, size of v]
+    """
+    k, v = k.unsqueeze(-3), v.unsqueeze(-3)
+    scores = (q @ k.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        own = sinks.float().view(*q.shape[-4:-2], 1, 1)
+        scores = torch.cat([scores, own.expand(*scores.shape[:-1], 1)], dim=-1)
+    shares = torch.softmax(scores, dim=-1)[..., : k.shape[-2]]
+    return shares.to(v.dtype) @ v
+
+
 class _Context(Protocol):
     cache: KvCache
 
@@ -147,11 +168,11 @@ def make_attention(context: _Context) -> Callable[..., tuple[Tensor, None]]:
         *,
         scaling: float | None = None,
         sliding_window: int | None = None,
-        **options: Any,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,  # sinks
+        **_options: Any,
     ) -> tuple[Tensor, None]:
-        unknown = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
-        if unknown:
-            raise NotImplementedError(f"attention with {', '.join(unknown)}")
+        is_plain = softcap is None and s_aux is None
         batch: AttentionBatch = context.current.attention
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, size]
         keys, values = context.cache.layer(int(module.layer_idx), k, v)  # type: ignore[arg-type]
@@ -164,16 +185,23 @@ def make_attention(context: _Context) -> Callable[..., tuple[Tensor, None]]:
             grouped = q[batch.decode_rows].view(
                 len(batch.decode_rows), k.shape[1], -1, q.shape[-1]
             )  # [B, kv heads, group, size]
-            answer = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scaling)
-            out[batch.decode_rows] = answer.flatten(1, 2)
+            if is_plain:
+                answer = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scaling)
+            else:
+                answer = capped_attention(grouped[..., None, :], k, v, mask[..., None, :], scaling, softcap, s_aux)
+            out[batch.decode_rows] = answer.reshape(len(answer), -1, v.shape[-1])
         for index, prefill in enumerate(batch.prefills):
             mask = batch.prefill_mask(index, sliding_window)
             k, v = (x[prefill.kv_slots].transpose(0, 1) for x in (keys, values))  # [kv heads, L, size]
             own = q[prefill.start : prefill.stop].transpose(0, 1)  # [heads, queries, size]
-            answer = F.scaled_dot_product_attention(
-                own[None], k[None], v[None], attn_mask=mask, scale=scaling, enable_gqa=True
-            )
-            out[prefill.start : prefill.stop] = answer[0].transpose(0, 1)
+            if is_plain:
+                answer = F.scaled_dot_product_attention(
+                    own[None], k[None], v[None], attn_mask=mask, scale=scaling, enable_gqa=True
+                )[0]
+            else:
+                grouped = own.view(len(k), -1, *own.shape[1:])
+                answer = capped_attention(grouped, k, v, mask, scaling, softcap, s_aux).flatten(0, 1)
+            out[prefill.start : prefill.stop] = answer.transpose(0, 1)
         return out[None], None
 
     return paged_attention

@@ -137,7 +137,11 @@ class DeltaHead(nn.Module):
         self._context = [context]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [R, in], one row for each row of the step's head segments → [R, largest vocabulary], −inf past a row's."""
+        """x [..., in], R rows for those of the step's head segments → [..., largest vocabulary], −inf past a row's."""
+        y = self._logits(x.flatten(0, -2))
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    def _logits(self, x: Tensor) -> Tensor:
         step = self._context[0].current
         y = F.linear(base_input(x, self._weight_name, step, step.head_segments.runs), self.weight, self.bias)
         runs = [(run, step.delta(run)) for run in step.head_segments.runs]
@@ -154,6 +158,8 @@ class DeltaHead(nn.Module):
             own, out = x[run.start : run.stop], y[run.start : run.stop]
             if (layer := delta.layers.get(self._weight_name)) is not None:
                 add_layer(own, out[:, : len(self.weight)], layer, self.bias)
+        if widest > len(self.weight):
+            self._context[0].absent = y == -torch.inf
         return y
 
     def _override_name(self, delta: ResidentDelta) -> str:
@@ -161,13 +167,15 @@ class DeltaHead(nn.Module):
 
 
 class DeltaEmbedding(nn.Module):
-    """Rows of the base's embedding, or of the tenant's where it changed or added them."""
+    """Rows of the base's embedding, or the tenant's where it changed or added them; times the model's scale, if any."""
 
     def __init__(self, base: nn.Embedding, name: str, context: StepContext) -> None:
         super().__init__()
         self.weight = base.weight
         self.num_embeddings = base.num_embeddings
         self.embedding_dim = base.embedding_dim
+        scale = getattr(base, "embed_scale", None)
+        self._scale = scale.to(base.weight.dtype) if isinstance(scale, Tensor) else scale
         self._weight_name = f"{name}.weight"
         self._context = [context]
 
@@ -180,25 +188,25 @@ class DeltaEmbedding(nn.Module):
         for run in step.segments.runs:
             override = step.delta(run).overrides.get(self._weight_name)
             replace_embeddings(flat[run.start : run.stop], out[run.start : run.stop], override)
-        return y
+        return y if self._scale is None else y * self._scale
 
 
 class DeltaModule(nn.Module):
     """Any other module with weights that works row by row, such as a norm: run again with the tenant's tensors."""
 
-    def __init__(self, base: nn.Module, name: str, context: StepContext) -> None:
+    def __init__(self, base: nn.Module, name: str, axis: int, context: StepContext) -> None:
         super().__init__()
         self.base = base
+        self._axis = axis
         self._tensors = {f"{name}.{local}": local for local, _ in base.named_parameters(recurse=False)}
         for local, parameter in base.named_parameters(recurse=False):
             setattr(self, local, parameter)  # models look at the type of a norm's weight
         self._context = [context]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [1, T, …] or [T, …] with T the rows of the step."""
+        """x with the T rows of the step along the axis that was named: [1, T, …], [T, …] or [1, heads, T, …]."""
         y: Tensor = self.base(x)
-        step = self._context[0].current
-        axis = 0 if x.dim() == 2 else 1
+        step, axis = self._context[0].current, self._axis
         assert x.shape[axis] == step.num_rows, f"{next(iter(self._tensors))}: {tuple(x.shape)} in {step.num_rows} rows"
         for run in step.segments.runs:
             delta = step.delta(run)

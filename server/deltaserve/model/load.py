@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from deltaserve.model.delta_layers import DeltaEmbedding, DeltaHead, DeltaLinear
 from deltaserve.model.fused_delta import bundled
 from deltaserve.model.kernels import fused_kernels, fused_step, native_library, served_form, stored_dtype
 from deltaserve.model.native import NativeModel, native_fits
+from deltaserve.model.probe import Reference
 from deltaserve.model.quantization import Quantization, check_stored_whole, quantise
 from deltaserve.model.served import ServedModel
 from deltaserve.model.shape import check_exact
@@ -36,10 +38,9 @@ _serial = itertools.count()
 
 @dataclass(frozen=True)
 class TransformersModel(ServedModel):
-    """Any decoder of transformers; `decoder` gives hidden states, `head` logits."""
+    """Any decoder of transformers, with its own way from hidden states to logits."""
 
-    decoder: nn.Module
-    head: DeltaHead
+    causal: nn.Module
     context: StepContext
     library: Library | None  # native kernels for terms
     fused: FusedKernels | None  # Triton's
@@ -64,12 +65,14 @@ class TransformersModel(ServedModel):
             same = step.head_segments == step.segments  # while all decode
             self.context.fused_head = self.context.fused if same else fused_step(self.fused, step, step.head_segments)
         try:
-            output = self.decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
-            hidden: Tensor = output.last_hidden_state[0]
-            logits: Tensor = self.head(hidden[logit_rows]).float()
-            return logits
+            output = self.causal(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logit_rows
+            )
+            logits: Tensor = output.logits[0].float()
+            absent = self.context.absent
+            return logits if absent is None else logits.masked_fill(absent, -torch.inf)  # a cap lifts what is −inf
         finally:
-            self.context.step = self.context.fused = self.context.fused_head = None
+            self.context.step = self.context.fused = self.context.fused_head = self.context.absent = None
 
     def serve(self, term: Term) -> ServedTerm:
         return served_form(term, self.library, self.fused)
@@ -102,8 +105,13 @@ def load_model(
     library = native_library(kernels, device, dtype)
     if library is not None and quantization == "none" and native_fits(checkpoint, block_size):
         return NativeModel.load(checkpoint, library, kv_slots)
+    if device.type == "cpu":
+        logger.warning(
+            "%s runs in transformers, slower than the own decoder for Llama, Mistral, Qwen2 and Qwen3 in bfloat16",
+            checkpoint.name if quantization == "none" else f"{checkpoint.name} in {quantization}",
+        )
     fused = fused_kernels(kernels, device)
-    return _load_transformers(checkpoint, device, dtype, kv_slots, library, fused, quantization)
+    return _load_transformers(checkpoint, device, dtype, kv_slots, block_size, library, fused, quantization)
 
 
 def _load_transformers(
@@ -111,6 +119,7 @@ def _load_transformers(
     device: torch.device,
     dtype: torch.dtype,
     kv_slots: int,
+    block_size: int,
     library: Library | None,
     fused: FusedKernels | None,
     quantization: Quantization,
@@ -120,27 +129,31 @@ def _load_transformers(
     AttentionInterface.register(attention, make_attention(context))
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory, dtype=dtype, attn_implementation=attention
+            checkpoint.directory, dtype=dtype, attn_implementation="eager"
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"{checkpoint.directory}: does not load as a decoder-only model: {error}") from None
     nn.Module.requires_grad_(nn.Module.eval(nn.Module.to(model, device)), False)
     config = model.config.get_text_config()
-    check_exact(checkpoint.name, config)
+    max_positions = check_exact(checkpoint.name, config)
     quantise(model, model.get_output_embeddings(), quantization)  # type: ignore[no-untyped-call]
+    reference = Reference.of(model, int(config.vocab_size), device)
+    model.set_attn_implementation(attention)
+    if model.config._attn_implementation != attention:
+        kind = type(model).__name__
+        raise CheckpointError(f"{checkpoint.name}: {kind} has attention of its own, which is not served")
     tied = bool(config.tie_word_embeddings)
-    sites, other = _replace_layers(model, context, tied)
+    sites, other = _replace_layers(model, context, tied, reference.axes)
     head = next(module for module in model.modules() if isinstance(module, DeltaHead))
     if tied:
         other = other | {LM_HEAD}
-    return TransformersModel(
-        decoder=model.base_model,
-        head=head,
+    made = TransformersModel(
+        causal=model,
         context=context,
         device=device,
         dtype=model.dtype,
         vocab_size=head.weight.shape[0],
-        max_positions=int(getattr(config, "max_position_embeddings", 2048)),
+        max_positions=max_positions,
         num_layers=int(config.num_hidden_layers),
         kv_slots=kv_slots,
         linear=frozenset(sites),
@@ -150,11 +163,15 @@ def _load_transformers(
         sites=tuple(sites.items()),
         quantization=quantization,
     )
+    reference.check(made, block_size)
+    return made
 
 
-def _replace_layers(model: PreTrainedModel, context: StepContext, tied: bool) -> tuple[dict[str, int], set[str]]:
+def _replace_layers(
+    model: PreTrainedModel, context: StepContext, tied: bool, axes: Mapping[str, int]
+) -> tuple[dict[str, int], set[str]]:
     """Puts delta-aware layers in place; → rows of the weights that take terms, in the order of their site numbers, and
-    names that take overrides."""
+    names that take overrides. `axes`: which axis of a module's input counts tokens."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(head, nn.Linear):
         raise CheckpointError(f"{type(model).__name__}: its head is no linear layer")
@@ -174,11 +191,11 @@ def _replace_layers(model: PreTrainedModel, context: StepContext, tied: bool) ->
             replacement = DeltaLinear(module, name, len(sites), context)
             sites[f"{name}.weight"] = module.out_features
             other.add(f"{name}.bias")
-        elif type(module) is nn.Embedding:
+        elif type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")):
             replacement = DeltaEmbedding(module, name, context)
             other.add(f"{name}.weight")
         elif not any(module.children()) and all(p.dim() == 1 for p in module.parameters()):
-            replacement = DeltaModule(module, name, context)
+            replacement = DeltaModule(module, name, axes.get(name, 1), context)
             other |= own
         else:
             kind = type(module).__name__

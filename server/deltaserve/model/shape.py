@@ -7,28 +7,29 @@ from typing import Any
 
 from deltaserve.errors import CheckpointError
 
-# Rotary embeddings whose frequencies depend on the longest sequence of the batch: requests would disturb each other.
-BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-# What a model does to scores or logits beyond attention and head: served without it, it would answer wrongly.
-UNSUPPORTED = (
-    "attention_chunk_size",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-)
+# Rotary embeddings whose frequencies change once a sequence of the batch is longer than the model was first trained
+# for: requests would disturb each other. Up to that length they are fixed.
+GROWING_ROPE = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
 LLAMA_FAMILY = {"llama", "mistral", "qwen2", "qwen3"}
 LANES, LARGEST_HEAD = 16, 256  # of the native decoder
 
 
-def check_exact(name: str, config: Any) -> None:
-    """Raises CheckpointError for what would answer differently than transformers, or by the company of a request."""
+def _rope_kinds(config: Any) -> list[dict[str, Any]]:
+    """Rotary parameters: the model's, or one a layer type."""
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}  # or one a layer type
-    if dependent := kinds & BATCH_DEPENDENT_ROPE:
-        raise CheckpointError(f"{name}: rope type {dependent.pop()!r} makes requests depend on each other")
-    if changed := [option for option in UNSUPPORTED if getattr(config, option, None) not in (None, 1)]:
-        raise CheckpointError(f"{name}: config.json asks for {', '.join(changed)}, which is not served")
+    return [part for part in (rope, *rope.values()) if isinstance(part, dict) and "rope_type" in part]
+
+
+def check_exact(name: str, config: Any) -> int:
+    """Positions up to which the model answers as in transformers, whatever the company of a request. Raises
+    CheckpointError where there are none."""
+    if getattr(config, "attention_chunk_size", None) is not None:
+        raise CheckpointError(f"{name}: config.json asks for attention_chunk_size, which is not served")
+    positions = int(getattr(config, "max_position_embeddings", 2048))
+    for part in _rope_kinds(config):
+        if bound := GROWING_ROPE.get(part["rope_type"]):
+            positions = min(positions, int(part.get(bound) or getattr(config, bound, None) or positions))
+    return positions
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class LlamaShape:
         )
         whole = all(size % LANES == 0 for size in (shape.hidden, shape.intermediate, shape.head_size))
         partial = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0
-        return shape if whole and shape.head_size <= LARGEST_HEAD and not partial else None
+        growing = any(part["rope_type"] in GROWING_ROPE for part in _rope_kinds(config))
+        return shape if whole and shape.head_size <= LARGEST_HEAD and not partial and not growing else None
 
 
 def _windows(config: Any) -> tuple[int, ...]:

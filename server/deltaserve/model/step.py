@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from deltaserve.deltas.resident import ResidentDelta
 from deltaserve.model.attention import AttentionBatch, KvCache, Span
@@ -65,6 +66,7 @@ class StepContext:
     step: Step | None = field(default=None)
     fused: FusedStep | None = field(default=None)  # what Triton's kernels read of the step's rows
     fused_head: FusedStep | None = field(default=None)  # … of the rows whose logits are asked for
+    absent: Tensor | None = field(default=None)  # bool, of the logits: tokens that a row's model lacks
 
     @property
     def current(self) -> Step:
