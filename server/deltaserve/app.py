@@ -37,7 +37,7 @@ from deltaserve.api.openapi import document
 from deltaserve.deltas.artifact import Artifact
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.compressions import Compressions
-from deltaserve.deltas.imports import ImportRoot
+from deltaserve.deltas.import_bucket import open_imports
 from deltaserve.deltas.intake import Intake, upload_pool
 from deltaserve.deltas.job_runner import Bounds, JobRunner
 from deltaserve.deltas.limits import Limits
@@ -83,7 +83,7 @@ def build_services(settings: Settings) -> Services:
     """Loads the base and puts every part in place; the engine runs. Raises CheckpointError, BadRequest."""
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    imports = ImportRoot(settings.import_root)
+    imports = open_imports(settings.import_root)
     registry, files = open_places(settings.store, settings.registry, settings.store_cache, settings.store_cache_bytes)
     accounts = Accounts(registry)
     keys = Keys(registry, accounts, settings.api_key)

@@ -104,8 +104,9 @@ class Settings(BaseSettings):
         30.0, ge=0, description="seconds a delta waits for those in use to end; then they wait for it"
     )
     max_upload_bytes: int = Field(16 * 2**30, ge=1, description="largest artifact that is accepted")
-    import_root: Path | None = Field(
-        None, description="the one directory that load_lora_adapter takes artifacts from (default: from nowhere)"
+    import_root: str | None = Field(
+        None,
+        description="where load_lora_adapter finds artifacts: a directory, or s3://BUCKET/PREFIX (default: nowhere)",
     )
     upload_expires_s: int = Field(
         86400, ge=1, le=30 * 86400, description="seconds after its last part that an upload in parts waits for the next"

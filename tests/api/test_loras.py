@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
+
+import obstore
+from obstore.store import S3Store
+
+from deltaserve.deltas.s3 import CLIENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,6 +94,28 @@ def test_artifacts_under_the_import_root_are_loaded_replaced_and_unloaded(
     error_of(unload(http, "m"), 404, "model_not_found")
     assert (root / "sign.safetensors").read_bytes() == tenants["sign"].artifact
     assert [card["id"] for card in http.get("/v1/deltas").json()["data"]] == ["acme:m"]
+    server.stop()
+
+
+def test_artifacts_in_a_bucket_are_loaded(
+    start_server: Callable[..., Any], tenants: dict[str, Any], s3_url: str, error_of: ErrorOf
+) -> None:
+    bucket = S3Store.from_url(s3_url, client_options=CLIENT)
+    for name in ("sign", "sparse"):
+        obstore.put(bucket, f"{name}.safetensors", tenants[name].artifact)
+    obstore.put(bucket, "broken", tenants["sign"].artifact[:-1])
+    server = start_server("--import-root", s3_url, api_key="first-key")
+    http = server.http
+    assert load(http, "m", "sign.safetensors").status_code == 200
+    assert load(http, "m", f"{s3_url}/sparse.safetensors", load_inplace=True).status_code == 200
+    digests = [card["sha256"] for card in http.get("/v1/deltas/m/versions").json()["data"]]
+    assert digests == [hashlib.sha256(tenants[name].artifact).hexdigest() for name in ("sparse", "sign")]
+    body = {"lora_name": "d", "source": {"uri": f"{s3_url}/sign.safetensors"}}
+    assert http.post("/v1/loras", json=body).status_code == 200
+    for uri, status in (("s3://other/sign.safetensors", 404), ("file:///etc/passwd", 404), ("gs://x/y", 400)):
+        assert http.post("/v1/loras", json={**body, "source": {"uri": uri}}).status_code == status
+    assert load(http, "n", "broken").status_code == 422
+    error_of(load(http, "n", "../sign.safetensors"), 404, "not_found")
     server.stop()
 
 

@@ -13,7 +13,7 @@ from fastapi.params import Depends as Dependency
 from fastapi.security import HTTPBearer
 
 from deltaserve.deltas.compressions import Compressions
-from deltaserve.deltas.imports import ImportRoot
+from deltaserve.deltas.imports import Imports
 from deltaserve.deltas.intake import Intake
 from deltaserve.deltas.parts import PartStore
 from deltaserve.deltas.residency import Residency
@@ -59,7 +59,7 @@ class Services:
     parts: PartStore
     staging: Staging
     compressions: Compressions
-    imports: ImportRoot
+    imports: Imports
     residency: Residency
     sightings: Sightings
     metrics: Metrics

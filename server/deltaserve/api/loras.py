@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
 
@@ -16,7 +15,6 @@ from deltaserve.api.deltas import destination, largest
 from deltaserve.api.deps import CallerDep, Services, ServicesDep
 from deltaserve.api.openapi import REFUSALS, raises
 from deltaserve.api.schemas import Text, Wire, example
-from deltaserve.deltas.files import pieces
 from deltaserve.deltas.store import Destination, Stored
 from deltaserve.errors import BadRequest, Draining, ModelNotFound, NameConflict, StorageFull, VersionInUse
 from deltaserve.tenants.models import ALWAYS
@@ -69,11 +67,11 @@ async def unload_lora_adapter(body: UnloadIn, services: ServicesDep, caller: Cal
 
 
 class SourceIn(Wire):
-    uri: Annotated[Text, Field(min_length=1, max_length=4096)]  # file:///PATH
+    uri: Annotated[Text, Field(min_length=1, max_length=4096)]  # file:///PATH, s3://BUCKET/KEY
 
 
 class LoraIn(Wire):
-    """`source.uri`: file:// and the path of a delta artifact under --import-root."""
+    """`source.uri`: file:// and the path of a delta artifact, or s3:// and its key, under --import-root."""
 
     model_config = example(lora_name="acme", source={"uri": "file:///imports/acme.safetensors"})
 
@@ -86,10 +84,12 @@ async def add_lora(body: LoraIn, services: ServicesDep, caller: CallerDep) -> di
     """A copy of the file becomes a version of the model; the same bytes are the version that they were."""
     services.refuse_if_draining()
     uri = urlsplit(body.source.uri)
-    if uri.scheme != "file" or uri.netloc not in ("", "localhost"):
-        raise BadRequest("source.uri is file:///PATH of a file under --import-root; nothing is fetched", param="source")
+    if uri.scheme != "s3" and (uri.scheme != "file" or uri.netloc not in ("", "localhost")):
+        raise BadRequest(
+            "source.uri is file:///PATH or s3://BUCKET/KEY under --import-root; nothing else is fetched", param="source"
+        )
     to = destination(services, caller, body.lora_name, True, ALWAYS)
-    path = unquote(uri.path)
+    path = body.source.uri if uri.scheme == "s3" else unquote(uri.path)
     stored = await asyncio.get_running_loop().run_in_executor(services.upload_pool, _copy, services, to, path)
     await asyncio.to_thread(services.keep_pinned)
     return _told(body.lora_name, stored.model.id, "loaded")
@@ -122,12 +122,11 @@ def _told(name: str, number: int, what: str) -> dict[str, Any]:
 
 def _copy(services: Services, to: Destination, path: str) -> Stored:
     with services.imports.open(path) as source:
-        num_bytes = os.fstat(source.fileno()).st_size
-        most = largest(services, to, num_bytes)
-        with services.gate.upload(to.owner.id, to.owner.limits, num_bytes):
+        most = largest(services, to, source.num_bytes)
+        with services.gate.upload(to.owner.id, to.owner.limits, source.num_bytes):
             upload = services.intake.begin(most)
             try:
-                for piece in pieces(source):
+                for piece in source.pieces:
                     upload.write(piece)
                 return services.intake.accept(to, upload, None)
             finally:

@@ -65,7 +65,7 @@ class S3Files:
                 self._store = S3Store.from_url(url, client_options=CLIENT, retry_config=RETRIES)
                 self._claim(owner)
             except (obstore.exceptions.BaseError, FileNotFoundError, ValueError) as error:
-                raise StoreUnavailable(f"--store {url}: {_first_line(error)}") from None
+                raise StoreUnavailable(f"--store {url}: {first_line(error)}") from None
         except BaseException:
             self.close()
             raise
@@ -175,9 +175,9 @@ class S3Files:
         except (FileNotFoundError, errors.NotFoundError):
             raise FileNotFoundError(f"the bucket has no {key}") from None
         except errors.BaseError as error:
-            logger.error("the store cannot be reached: %s: %s", key, _first_line(error))
+            logger.error("the store cannot be reached: %s: %s", key, first_line(error))
             raise StoreUnavailable("the store cannot be reached now; try again") from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
