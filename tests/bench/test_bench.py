@@ -58,13 +58,15 @@ def test_a_server_is_asked_for_all_its_models_and_shared_beginnings_are_cached(
 
 
 def test_a_mix_names_models_with_rates_and_a_failure_is_counted_and_told_by_the_exit_status(
-    server: Any, tmp_path: Path
+    server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["bench", "--url", server.url, "--mix", "sign=10,nobody=10", "--duration", "1", "--answer-tokens", "2"]
     assert main([*words, "--json", str(tmp_path / "out.json")]) == 1
     shown, samples = read(tmp_path / "out.json")
     assert shown["nobody"]["failed"] == shown["nobody"]["requests"] > 0
     assert shown["sign"]["failed"] == 0
+    printed = capsys.readouterr()
+    assert "nobody " in printed.out and f"{shown['nobody']['failed']} requests: 404" in printed.err
     assert {sample["error"] for sample in samples if sample["model"] == "nobody"} == {"404"}
 
 
@@ -74,6 +76,9 @@ def test_a_mix_names_models_with_rates_and_a_failure_is_counted_and_told_by_the_
         ([], "name a BASE or --url"),
         (["base", "--url", "http://localhost:1"], "and not both"),
         (["--url", "http://localhost:1"], "http://localhost:1"),
+        (["base", "--rate", "2", "--requests", "8"], "--rate and --mix take --duration"),
+        (["base", "--mix", "base=2", "--requests", "8"], "--rate and --mix take --duration"),
+        (["base", "--duration", "8"], "--duration needs --rate or --mix"),
         (["base", "--delta", "nameless"], "--delta nameless: NAME=VALUE is needed"),
     ],
 )

@@ -53,7 +53,7 @@ def figures(samples: Sequence[Sample]) -> dict[str, Any]:
 
 def table(groups: dict[str, dict[str, Any]]) -> Table:
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption="times in ms")
-    made.add_column("")
+    made.add_column("", overflow="fold")
     for title in COLUMNS.values():
         made.add_column(title, justify="right", no_wrap=True)
     for name, own in groups.items():

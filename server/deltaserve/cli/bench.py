@@ -6,16 +6,20 @@ import argparse
 import asyncio
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from deltaserve.bench.workload import Job, Lengths, at_once, parse_range, poisson, shares
+from deltaserve.cli.console import report_error, write_table
 from deltaserve.errors import BadRequest
 
 if TYPE_CHECKING:
     from deltaserve.bench.targets import Sample
+
+NUM_REQUESTS = 64  # where all come at once
+DURATION_S = 30.0  # where they come at a rate
+SHOWN_ERRORS = 5
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,8 +39,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--mix", metavar="NAME=RATE,...", help="requests a second of each model; instead of --rate")
     parser.add_argument("--rate", type=float, default=math.inf, help="requests a second (default: all at once)")
     parser.add_argument("--popularity", default="uniform", help="identical, uniform or zipf:S (default: uniform)")
-    parser.add_argument("--requests", type=int, default=64, help="how many, where all come at once (default: 64)")
-    parser.add_argument("--duration", type=float, default=30, metavar="S", help="seconds of arrivals (default: 30)")
+    parser.add_argument("--requests", type=int, help="how many, where all come at once (default: 64)")
+    parser.add_argument("--duration", type=float, metavar="S", help="seconds of arrivals (default: 30)")
     for what in ("prompt", "answer"):
         text = f"tokens of {what}s, drawn evenly (default: 64)"
         parser.add_argument(f"--{what}-tokens", type=parse_range, default=(64, 64), metavar="N|LEAST:MOST", help=text)
@@ -55,10 +59,17 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.base is None) == (args.url is None):
         raise BadRequest("name a BASE or --url, and not both")
+    is_at_once = args.mix is None and math.isinf(args.rate)
+    if args.requests is not None and not is_at_once:
+        raise BadRequest("--requests is for requests that come all at once; --rate and --mix take --duration")
+    if args.duration is not None and is_at_once:
+        raise BadRequest("--duration needs --rate or --mix")
     samples = _here(args) if args.url is None else _there(args)
     groups = by(samples, lambda sample: sample.model)
     shown = {name: figures(own) for name, own in groups.items()} | {"all": figures(samples)}
-    Console().print(table(shown))
+    write_table(table(shown))
+    for message, num in Counter(sample.error for sample in samples if sample.error).most_common(SHOWN_ERRORS):
+        report_error(f"{num} requests: {message}")
     if args.json:
         whole = {"arguments": _plain(args), "figures": shown, "samples": [vars(sample) for sample in samples]}
         args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
@@ -100,13 +111,14 @@ def _there(args: argparse.Namespace) -> list[Sample]:
 
 def _jobs(args: argparse.Namespace, known: list[str]) -> list[Job]:
     lengths = Lengths(args.prompt_tokens, args.answer_tokens, args.prefix_tokens, args.vocab_size)
+    duration = DURATION_S if args.duration is None else args.duration
     if args.mix:
         rates = {name: float(rate) for name, rate in _pairs(args.mix.split(","), "--mix").items()}
-        return poisson(rates, args.duration, lengths, args.seed)
+        return poisson(rates, duration, lengths, args.seed)
     weights = shares(args.popularity, args.models or known)
     if math.isinf(args.rate):
-        return at_once(weights, args.requests, lengths, args.seed)
-    return poisson({m: args.rate * weight for m, weight in weights.items()}, args.duration, lengths, args.seed)
+        return at_once(weights, NUM_REQUESTS if args.requests is None else args.requests, lengths, args.seed)
+    return poisson({m: args.rate * weight for m, weight in weights.items()}, duration, lengths, args.seed)
 
 
 def _pairs(given: list[str], flag: str) -> dict[str, str]:
