@@ -47,6 +47,14 @@ def test_every_json_body_has_an_example(document: dict[str, Any], operations: di
     assert seen >= 10
 
 
+def test_every_reply_has_an_example(operations: dict[Any, dict[str, Any]]) -> None:
+    for route, operation in operations.items():
+        for status, reply in operation["responses"].items():
+            if status < "300" and route != ("GET", "/health"):
+                assert all(media["example"] for media in reply["content"].values()), route
+        assert operation.get("description") or route == ("GET", "/health"), route
+
+
 def test_examples_of_errors_are_of_the_shape_that_is_sent(operations: dict[Any, dict[str, Any]]) -> None:
     known = {
         kind.code: kind.http_status

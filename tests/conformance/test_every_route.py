@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from deltaserve.api.openapi import BY_CODE
+from deltaserve.api.openapi import BY_CODE, REPLIES
 from deltaserve_client import Client
 
 if TYPE_CHECKING:
@@ -155,6 +155,24 @@ def read(text: str) -> Any:
         return text
 
 
+FREE = ("loras", "detail")  # objects whose names are data
+
+
+def check_shape(reply: Any, example: Any, where: str) -> None:
+    """The names and types of a reply are those of its example in the OpenAPI document."""
+    if reply is None or example is None:
+        return
+    number = isinstance(reply, int | float) and isinstance(example, int | float)
+    assert number or type(reply) is type(example), (where, reply, example)
+    if isinstance(reply, dict) and where not in FREE:
+        assert reply.keys() == example.keys(), where
+        for name, value in reply.items():
+            check_shape(value, example[name], name)
+    elif isinstance(reply, list) and example:
+        for value in reply:
+            check_shape(value, example[0], where)
+
+
 CLIENTS = {"curl": by_curl, "ours": by_ours, "openai": by_openai, "async-openai": by_async_openai}
 
 
@@ -174,7 +192,10 @@ def test_every_route_answers(
     def call(method: str, route: str, *args: Any, query: str = "", **more: Any) -> Any:
         """`route` as the document has it, with its values after the names: /v1/models/{model=x}."""
         seen.add((method, re.sub(r"=[^}]*", "", route)))
-        return send(method, re.sub(r"\{\w+=([^}]*)\}", r"\1", route) + query, *args, **more)
+        reply = send(method, re.sub(r"\{\w+=([^}]*)\}", r"\1", route) + query, *args, **more)
+        if route != "/health":
+            check_shape(reply, REPLIES[f"{method} {re.sub(r'=[^}]*', '', route)}"], route)
+        return reply
 
     tenant, sign, other = f"by-{kind}", tenants["sign"].artifact, tenants["lowrank"].artifact
     assert call("GET", "/health") == "" and call("GET", "/version")["version"]

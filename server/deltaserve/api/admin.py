@@ -96,6 +96,7 @@ def _key(key: Key) -> dict[str, Any]:
 
 @router.post("/tenants", status_code=201, openapi_extra=raises(InvalidName, NameConflict, StorageFull))
 async def create_tenant(body: TenantIn, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
+    """Without limits it may use what the server has. A name is not given again."""
     limits = Limits(**body.limits.model_dump())
     tenant = await asyncio.to_thread(services.accounts.create, body.name, str(caller), limits)
     return await asyncio.to_thread(_tenant, services, tenant)
@@ -103,6 +104,8 @@ async def create_tenant(body: TenantIn, services: ServicesDep, caller: CallerDep
 
 @router.get("/tenants")
 async def list_tenants(services: ServicesDep, after: After = None, limit: Limit = None) -> dict[str, Any]:
+    """By name, with what they hold and their limits."""
+
     def listed() -> dict[str, Any]:
         tenants = services.accounts.all()
         return page(tenants, lambda tenant: tenant.name, lambda tenant: _tenant(services, tenant), after, limit)
@@ -112,6 +115,7 @@ async def list_tenants(services: ServicesDep, after: After = None, limit: Limit 
 
 @router.get("/tenants/{name}", openapi_extra=raises(NotFound))
 async def get_tenant(name: str, services: ServicesDep) -> dict[str, Any]:
+    """What it holds, and its limits."""
     return await asyncio.to_thread(_tenant, services, services.accounts.named(name))
 
 
@@ -157,6 +161,7 @@ async def create_key(body: KeyIn, services: ServicesDep, caller: CallerDep) -> d
 async def list_keys(
     services: ServicesDep, tenant: str | None = None, after: After = None, limit: Limit = None
 ) -> dict[str, Any]:
+    """All, or those of one tenant; never the keys themselves."""
     owner = services.accounts.named(tenant) if tenant is not None else None
     return page(services.keys.all(owner), lambda key: key.id, _key, after, limit)
 
@@ -183,7 +188,7 @@ async def audit_log(
 ) -> dict[str, Any]:
     """The newest entries first; `before` an entry's id: those that are older."""
     entries = await asyncio.to_thread(services.registry.audit_log, before=before, limit=limit)
-    return {"object": "list", "data": [{"object": "audit_entry", **vars(entry)} for entry in entries]}
+    return {"object": "list", "data": [vars(entry) for entry in entries]}
 
 
 @router.get("/usage", openapi_extra=raises(NotFound))

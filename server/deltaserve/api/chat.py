@@ -27,6 +27,7 @@ router = APIRouter()
 
 @router.post("/v1/chat/completions", response_model=None, openapi_extra=raises(*ANSWERS))
 async def create_chat_completion(body: ChatIn, http: Request, services: ServicesDep) -> Response | dict[str, Any]:
+    """An answer to messages, by the model's chat template. With `stream` as events, the last of them `[DONE]`."""
     if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     generation = Generation(services, body, "chatcmpl", http)

@@ -23,6 +23,7 @@ DEFAULT_MAX_TOKENS = 16
 
 @router.post("/v1/completions", response_model=None, openapi_extra=raises(*ANSWERS))
 async def create_completion(body: CompletionIn, http: Request, services: ServicesDep) -> Response | dict[str, Any]:
+    """Text after a prompt, or after each of several. With `stream` as events, the last of them `[DONE]`."""
     if body.max_tokens == 0 and not body.echo:
         raise BadRequest("max_tokens 0 answers nothing; it is of use with echo alone", param="max_tokens")
     generation = Generation(services, body, "cmpl", http)

@@ -175,6 +175,8 @@ async def upload_delta(
 async def list_deltas(
     services: ServicesDep, caller: CallerDep, after: After = None, limit: Limit = None
 ) -> dict[str, Any]:
+    """One's own by name, then what is shared with one; for admins everybody's."""
+
     def listed() -> dict[str, Any]:
         def card(model: Model) -> dict[str, Any]:
             return _card(services, caller, model, model.active)
@@ -208,6 +210,7 @@ async def prewarm(name: str, services: ServicesDep, caller: CallerDep) -> JSONRe
 
 @router.get("/v1/deltas/{name:path}", openapi_extra=raises(ModelNotFound))
 async def get_delta(name: str, services: ServicesDep, caller: CallerDep) -> JSONResponse:
+    """Where the name points, or of NAME@VERSION that version. The ETag is renewed by every change."""
     model, version = await asyncio.to_thread(services.store.models.find, caller, name)
     return _reply(_card(services, caller, model, version or model.active), model)
 

@@ -98,6 +98,7 @@ async def list_files(services: ServicesDep, caller: CallerDep) -> dict[str, Any]
 
 @router.get("/{file_id}", openapi_extra=raises(NotFound))
 async def get_file(file_id: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
+    """What is known of a file; its bytes are for jobs alone."""
     return _card(await asyncio.to_thread(services.staging.rows.find, caller, file_id))
 
 

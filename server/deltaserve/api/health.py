@@ -24,9 +24,11 @@ async def health(services: ServicesDep) -> Response:
 
 @router.get("/version")
 async def version(services: ServicesDep) -> dict[str, Any]:
+    """What runs: versions, base, device, type, kernels."""
     return services.runtime
 
 
 @metrics_router.get("/metrics", response_class=PlainTextResponse)
 def metrics(services: ServicesDep) -> Response:
+    """In the text format of Prometheus."""
     return Response(services.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

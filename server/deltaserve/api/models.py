@@ -58,6 +58,7 @@ async def list_models(
 
 @router.get("/v1/models/{model:path}", openapi_extra=raises(ModelNotFound))
 async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
+    """NAME, NAME@VERSION, TENANT:NAME, or the base."""
     if model == services.base_id:
         return _base_card(services)
     found, _ = await asyncio.to_thread(services.store.models.find, caller, model)
@@ -68,6 +69,7 @@ async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> dic
     "/v1/models/{model:path}", openapi_extra=raises(ModelNotFound, NameConflict, VersionInUse, StorageFull)
 )
 async def delete_model(model: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
+    """As DELETE /v1/deltas/{name}: new requests find nothing, running ones finish."""
     if model == services.base_id:
         raise NameConflict(f"{model} is the base model and stays", param="model")
     await asyncio.to_thread(services.store.delete, caller, model)

@@ -1,9 +1,12 @@
-"""The OpenAPI document and the errors table: what the error tree says, at every route that can answer with it."""
+"""The OpenAPI document and the errors table: what the error tree says, at every route that can answer with it; and an
+example of every reply, from replies.json."""
 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -44,6 +47,7 @@ from deltaserve.errors import (
 )
 
 OWN = "x-errors"
+REPLIES = json.loads(Path(__file__).with_name("replies.json").read_text())  # by method and path, one of each
 OURS = {"type": "object", "required": ["error"], "properties": {"error": {
     "type": "object", "required": ["message", "type", "param", "code"], "additionalProperties": False,
     "properties": {
@@ -87,8 +91,10 @@ def document(app: FastAPI, open_paths: Iterable[str]) -> None:
         for unused in ("HTTPValidationError", "ValidationError"):
             made["components"]["schemas"].pop(unused, None)
         for path, operations in made["paths"].items():
-            for operation in operations.values():
+            for method, operation in operations.items():
                 own = operation["responses"]
+                for media in [media for reply in own.values() for media in reply.get("content", {}).values()]:
+                    media.setdefault("example", REPLIES.get(f"{method.upper()} {path}"))
                 if "HTTPValidationError" in str(own.get("422", "")):  # FastAPI's, which this server never sends
                     del own["422"]
                 _add(own, _responses(map(BY_CODE.__getitem__, operation.pop(OWN, ()))))
