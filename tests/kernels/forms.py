@@ -37,8 +37,8 @@ MASKS = [(1, 8), (2, 4), (1, 37), (3, 16)]  # keep, group
 GAUSSIAN = [(1, 4), (2, 6), (3, 7), (4, 8), (7, 8), (16, 8), (32, 8)]  # length, bits
 PRECISION = {"float-32": "split", "exact": "split"} | dict.fromkeys(
     (
-        "col", "groups", "groups-odd-length", "table-4", "table-7", "factors", "factors-wide", "factors-sparse",
-        "placed-col", "rotated-in", "rotated-in-dct", "rotated-patches-16", "rotated-patches-32",
+        "col", "mask-shared-by-64", "groups", "groups-odd-length", "table-4", "table-7", "factors", "factors-wide",
+        "factors-sparse", "placed-col", "rotated-in", "rotated-in-dct", "rotated-patches-16", "rotated-patches-32",
     ),
     "rounded",
 )  # fmt: skip
@@ -100,7 +100,7 @@ def forms(rows: int, cols: int) -> dict[str, Term]:
     seeded = {f"mask-{keep}-of-{group}": SeededMask(group, 5, 9, keep=keep) for keep, group in MASKS}
     places = layout.pack(torch.arange(rows * -(-cols // 4)).view(rows, -1) % min(4, cols % 4 or 4), 2)
     boosted = torch.arange(0, cols, 3, dtype=torch.int16)
-    half = SeededMask(2, 5, 9)
+    half, shared = SeededMask(2, 5, 9), SeededMask(3, 5, 9, tile=128)
     return {
         **{f"{grid}-{bits}": make.coded(rows, cols, bits, grid) for grid, bits in GRIDS},
         "one-scale": make.coded(rows, cols, row=make.scales()),
@@ -140,6 +140,12 @@ def forms(rows: int, cols: int) -> dict[str, Term]:
         "rotated-patches-16": Rotated(make.patches(16, 2), Rotation("dct", 16), Rotation("dct", 16)),
         "rotated-patches-32": Rotated(make.patches(32, 3), Rotation("dct", 32), Rotation("dct", 32)),
         "patches": make.patches(16, 8),
+        "mask-shared-by-64": make.coded(
+            rows, cols, 3, mask=SeededMask(4, 5, 9, keep=2, tile=64), row=make.scales(rows, 1), col=make.scales(cols)
+        ),
+        "mask-shared-values": Coded(
+            rows, cols, 16, "float", make.values(rows, shared.num_survivors(cols)).bfloat16(), mask=shared
+        ),
     }  # fmt: skip
 
 
@@ -155,6 +161,7 @@ def whole_forms(rows: int, cols: int) -> dict[str, Term]:
         "groups": make.coded(rows, cols, row=make.scales(rows, -(-cols // 6)), group=6),
         "float": Coded(rows, cols, 32, "float", make.values(rows, cols), row=make.scales(rows, 1)),
         "mask": make.coded(rows, cols, 4, mask=SeededMask(8, 5, 9, keep=3), col=make.scales(cols)),
+        "mask-shared": make.coded(rows, cols, 2, mask=SeededMask(8, 5, 9, keep=3, tile=64), col=make.scales(cols)),
         "factors": LowRank(
             make.coded(rows, 8, 1, "sign"),
             make.scales(8),

@@ -18,8 +18,10 @@ from deltaserve_kernels.native import packing
 from deltaserve_kernels.native.library import Arena
 from deltaserve_kernels.terms import Codebook, Coded, Exact, LowRank, Patches, Placed, Rotated, Rotation, Term
 from deltaserve_kernels.terms.books import seeded_signs, seeded_size
+from deltaserve_kernels.terms.masks import SeededMask
 from deltaserve_kernels.terms.rotated import block_matrix
 
+CHUNK = 64  # rows that src/chunks.c takes at once
 LARGEST_BLOCK = {"in": 1024, "out": 64}  # of a transform
 BOUND_PROJECTION = 2**18  # floats for a row of activations and a book: 256 rows at once
 
@@ -33,6 +35,7 @@ class Kind(IntEnum):
     GRID = 5
     PATCHES = 6
     VECTOR = 7
+    SHARED = 8
 
 
 _TRANSFORMS = {"hadamard": 1, "dct": 2}
@@ -114,6 +117,8 @@ def part_of(term: Term) -> Part | None:
     """The part that serves `term`; None for a form that these kernels do not read."""
     match term:
         case Coded():
+            if isinstance(term.mask, SeededMask) and term.mask.tile % CHUNK == 0:
+                return _shared(term, term.mask)
             return _sparse(term) if term.mask is not None else _coded(term)
         case LowRank():
             return _low_rank(term)
@@ -204,6 +209,18 @@ def _dense(term: Coded) -> Part | None:
     return _column(_row(part, term.row), term.col)
 
 
+def _shared(term: Coded, mask: SeededMask) -> Part | None:
+    """What is left of each tile, as a matrix without a mask, and its columns."""
+    inner = _coded(replace(term, cols=term.num_codes, mask=None, columns=None))
+    if inner is None:
+        return None
+    columns = mask.columns(term.rows, term.cols)[:: mask.tile].int().contiguous()
+    numbers = inner.numbers | {"tile": mask.tile, "survivors": term.num_codes}
+    return replace(
+        inner, kind=Kind.SHARED, cols=term.cols, numbers=numbers, tensors=inner.tensors | {"starts": columns}
+    )
+
+
 def _sparse(term: Coded) -> Part | None:
     """Survivors as places within their groups, drawn once; nothing of a mask but its places is kept."""
     assert term.mask is not None
@@ -225,7 +242,7 @@ def _sparse(term: Coded) -> Part | None:
 
 def _low_rank(term: LowRank) -> Part | None:
     left, right = part_of(term.left), part_of(term.right)
-    if left is None or right is None or right.kind not in (Kind.CODED, Kind.DENSE, Kind.SPARSE):
+    if left is None or right is None or right.kind not in (Kind.CODED, Kind.DENSE, Kind.SPARSE, Kind.SHARED):
         return None
     scale = term.s.float() if term.left.col is None else term.s.float() * term.left.col.float()
     return replace(_column(left, scale), before=right)

@@ -29,6 +29,7 @@ from torch import Tensor
 from deltaserve.codecs.base import Site
 from deltaserve.codecs.uniform import (
     affordable,
+    check_tile,
     fair_zeros,
     fitted_step,
     grid_of,
@@ -54,6 +55,7 @@ class Dare:
     bits: float | None = None  # in place of group: the smallest that meets these bits per parameter, scales included
     scale: Scale = "row"  # what one scale covers, below 16 bits
     rescale: Rescale = "unbiased"
+    tile: int = 1  # rows that share their columns: 1 or 64
 
     def __post_init__(self) -> None:
         if self.value_bits not in (1, 2, 4, 16):
@@ -68,6 +70,7 @@ class Dare:
             raise CodecError(f"dare: scale {self.scale!r} is not one of {get_args(Scale)}")
         if self.rescale not in get_args(Rescale):
             raise CodecError(f"dare: rescale {self.rescale!r} is not one of {get_args(Rescale)}")
+        check_tile("dare", self.tile)
 
     @property
     def needs_gram(self) -> bool:
@@ -83,7 +86,7 @@ class Dare:
     def encode(self, delta: Tensor, site: Site) -> list[Term]:
         rows, cols = delta.shape
         unit, factor = normalised(delta)
-        mask = SeededMask(self._group(rows, cols), site.seed, site.number)
+        mask = SeededMask(self._group(rows, cols), site.seed, site.number, tile=self.tile)
         columns = mask.columns(rows, cols)
         levels, scale = self._quantised(unit.gather(1, columns) * mask.inverse_rate(cols), site)
         if self.rescale == "darex-q":

@@ -28,6 +28,7 @@ from torch import Tensor
 from deltaserve.codecs.base import Estimator, Site
 from deltaserve.codecs.uniform import (
     affordable,
+    check_tile,
     fair_zeros,
     fitted_step,
     grid_of,
@@ -50,6 +51,7 @@ class DeltaDQ:
     bits: float = 0.5  # per parameter, the scale included; in 0 … value_bits. A row has 8 bits at least
     value_bits: int = 4  # k, 1 … 5
     estimator: Estimator = "unbiased"
+    tile: int = 1  # rows that share their columns: 1 or 64
 
     def __post_init__(self) -> None:
         if not isinstance(self.value_bits, int) or not 1 <= self.value_bits <= MAX_VALUE_BITS:
@@ -58,6 +60,7 @@ class DeltaDQ:
             raise CodecError(f"deltadq: bits {self.bits:g} is not in 0 … {self.value_bits}")
         if self.estimator not in get_args(Estimator):
             raise CodecError(f"deltadq: estimator {self.estimator!r} is not one of {get_args(Estimator)}")
+        check_tile("deltadq", self.tile)
 
     @property
     def name(self) -> str:
@@ -96,7 +99,8 @@ class DeltaDQ:
         masks = []
         keep = 1
         while keep <= survivors:
-            masks.append(SeededMask(math.ceil(cols / (survivors // keep)), site.seed, site.number, keep=keep))
+            group = math.ceil(cols / (survivors // keep))
+            masks.append(SeededMask(group, site.seed, site.number, keep=keep, tile=self.tile))
             keep *= 2
         return min(masks, key=lambda mask: _output_error(unit[:TRIED_ROWS], mask, site.gram))
 

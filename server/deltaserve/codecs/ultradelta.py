@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.codecs.base import Codec, Estimator, LayerStats, Site
-from deltaserve.codecs.uniform import affordable, normalised
+from deltaserve.codecs.uniform import affordable, check_tile, normalised
 from deltaserve.errors import CodecError
 from deltaserve_kernels import layout
 from deltaserve_kernels.terms import Coded, SeededMask, Term
@@ -51,6 +51,7 @@ class UltraDelta:
     estimator: Estimator = "unbiased"
     reference: float | None = None  # trace norm of the delta whose γ is 1, as a share of the base's; > 0
     gamma: float = 1.0  # in 0 … 1; `plan` sets it where there is a reference
+    tile: int = 1  # rows that share their columns: 1 or 64
 
     def __post_init__(self) -> None:
         if not 0 < self.bits <= VALUE_BITS:
@@ -63,6 +64,7 @@ class UltraDelta:
             raise CodecError(f"ultradelta: reference {self.reference} is not > 0 and finite")
         if not 0 < self.gamma <= 1:
             raise CodecError(f"ultradelta: gamma {self.gamma} is not in 0 … 1")
+        check_tile("ultradelta", self.tile)
 
     @property
     def name(self) -> str:
@@ -102,7 +104,7 @@ class UltraDelta:
         rows, cols = delta.shape
         unit, factor = normalised(delta)
         survivors = affordable(self.bits * cols - TABLE_BITS / rows, VALUE_BITS, cols)
-        mask = SeededMask(math.ceil(cols / survivors), site.seed, site.number)
+        mask = SeededMask(math.ceil(cols / survivors), site.seed, site.number, tile=self.tile)
         low, high = unit.min(), unit.max()
         classes = ((unit - low) / (high - low if high > low else 1) * (CLASSES - 1)).round().long()
         kept = classes.gather(1, mask.columns(rows, cols))

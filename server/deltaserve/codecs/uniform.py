@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.codecs.base import Site
+from deltaserve.errors import CodecError
 from deltaserve_kernels import layout
 from deltaserve_kernels.philox import random_words
 from deltaserve_kernels.terms import Grid
@@ -40,6 +41,12 @@ def normalised(delta: Tensor) -> tuple[Tensor, float]:
 
 def grid_of(bits: int) -> Grid:
     return "sign" if bits == 1 else "odd"
+
+
+def check_tile(codec: str, tile: int) -> None:
+    """Rows that share a seeded mask's columns: 1, or the 64 that kernels take at once. Raises CodecError."""
+    if tile not in (1, 64):
+        raise CodecError(f"{codec}: tile {tile!r} is not 1 or 64")
 
 
 def nearest(values: Tensor, step: Tensor, highest: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ NOT_READ = {"groups-odd-length"}
 EXACT = (
     "sign", "odd", "int", "one-scale", "no-scale", "groups", "float", "exact", "mask", "gaussian", "placed", "patches"
 )  # fmt: skip
-ROUNDED = {"mask-6-bits", "placed-col"}  # of the names above, those whose x is multiplied first
+ROUNDED = {"mask-6-bits", "mask-shared-by-64", "placed-col"}  # of the names above, those whose x is multiplied first
 SITE = 1
 
 

@@ -46,6 +46,21 @@ static void dense(const Part *part, const u16 *x, int rows, int row, float *sum)
         }
 }
 
+/* `tile` rows, a multiple of 64, share their columns: a small matrix that is not sparse, and its activations. */
+static void shared(const Part *part, const u16 *x, int rows, int row, float *sum) {
+    Part inner = *part;
+    inner.cols = part->survivors;
+    long width = width_of(&inner), ldx = width_of(part);
+    const int32_t *columns = part->starts + (long)(row / part->tile) * part->survivors;
+    u16 *own = scratch(7, (size_t)(rows * width) * sizeof *own);
+    for (int m = 0; m < rows; m++) {
+        for (int i = 0; i < inner.cols; i++) own[m * width + i] = x[m * ldx + columns[i]];
+        memset(own + m * width + inner.cols, 0, (size_t)(width - inner.cols) * sizeof *own);
+    }
+    if (part->stages) dense(&inner, own, rows, row, sum);
+    else coded(&inner, own, rows, row, sum);
+}
+
 /* Few rows gather their activations; for more, rows are the lanes and activations lie transposed.
    Both add the same products in the same order: a row does not see how many there are. */
 static inline __attribute__((always_inline)) void sparse_few(
@@ -206,6 +221,7 @@ void add_chunk(const Part *part, const void *input, int rows, int row, float *su
     switch (part->kind) {
     case CODED: coded(part, input, rows, row, sum); break;
     case DENSE: dense(part, input, rows, row, sum); break;
+    case SHARED: shared(part, input, rows, row, sum); break;
     case SPARSE: sparse(part, input, rows, row, sum); break;
     case GRID: grid(part, input, rows, row, sum); break;
     case PATCHES: patches(part, input, rows, row, sum); break;

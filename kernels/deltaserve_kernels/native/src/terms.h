@@ -4,8 +4,8 @@
 
 #include "common.h"
 
-enum { LAYOUT = 2 }; /* changes with the structures below */
-typedef enum { BASE_SCALE, CODED, DENSE, SPARSE, BOOK, GRID, PATCHES, VECTOR } Kind;
+enum { LAYOUT = 3 }; /* changes with the structures below */
+typedef enum { BASE_SCALE, CODED, DENSE, SPARSE, BOOK, GRID, PATCHES, VECTOR, SHARED } Kind;
 typedef enum { NO_TRANSFORM, HADAMARD, DCT } Transform;
 
 /* y[:, first : first + rows] += row ⊙ (T_out⁻¹ · term · T_in · (x[:, columns] ⊙ col)), or of `before`'s result instead of x.
@@ -15,6 +15,7 @@ typedef enum { NO_TRANSFORM, HADAMARD, DCT } Transform;
                group_scale [rows/32][groups][32] for each `group` columns, or none
    DENSE       tiles bf16 [rows/32][cols/32][2][512], `stages` sets of them to be added up
    SPARSE      codes [rows/16][survivors] groups of 16: place << value_bits | code; starts int32 [survivors]; values [≥ 16]
+   SHARED      CODED or DENSE in `survivors` columns; which, for each `tile` rows: starts int32 [rows/tile][survivors]
    BOOK        codes [rows/tile/16][stages][segments] groups of 16; the seeded book; signs ±1 [transforms][size]; gains [stages]
    GRID        codes [rows/16][segments] groups of 16; table bf16 [2^bits · length + 1]
    PATCHES     codes [patches][length/16][length/2] groups of 32; row_scale of patch k: gains[k]; starts int32 [down + 1];
