@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -58,8 +58,9 @@ from deltaserve.engine.text import Sink, TextSide
 from deltaserve.engine.types import Request as EngineRequest
 from deltaserve.engine.types import SamplingParams
 from deltaserve.errors import BadRequest, CheckpointError
+from deltaserve.gauges import read_gauges
 from deltaserve.ids import DeltaDigest, RequestId
-from deltaserve.metrics import MAX_DELTA_SERIES, Metrics
+from deltaserve.metrics import Metrics
 from deltaserve.model.load import load_model
 from deltaserve.model.served import ServedModel
 from deltaserve.settings import Settings
@@ -76,7 +77,6 @@ LONGEST_DEFAULT = 8192  # tokens of max_model_len where the settings do not say
 STEP_TOKENS = {"cuda": 1024, "cpu": 256}  # of max_num_batched_tokens where the settings do not say
 SWEEP_S = 60.0
 METER_S = 5.0
-Gauge = tuple[str, str, dict[str, str], float]
 
 
 def build_services(settings: Settings) -> Services:
@@ -107,6 +107,7 @@ def build_services(settings: Settings) -> Services:
         block_size=settings.block_size,
         kernels=settings.kernels,
         quantization=settings.quantization,
+        materialize_tokens=settings.materialize_tokens,
     )
     max_model_len = _max_model_len(settings, model, num_blocks * settings.block_size)
     metrics = Metrics(settings.served_model_name or base.name)
@@ -222,7 +223,7 @@ def build_services(settings: Settings) -> Services:
     )
     services.keep_pinned()
     job_runner.start(is_alone=not registry.is_shared)
-    metrics.read_gauges_from(lambda: _gauges(services, blocks))
+    metrics.read_gauges_from(lambda: read_gauges(services, blocks, model.scratch_bytes))
     logger.info(
         "base %s (%s…) on %s as %s; context %d tokens, KV cache %d tokens; %s",
         services.base_id, base.fingerprint[:12], device, services.runtime["dtype"], max_model_len,
@@ -376,24 +377,3 @@ def _warm_up(runner: Runner, model: ServedModel, text: TextSide, blocks: BlockPo
     finally:
         blocks.release(request)
         runner.generators.forget(request)
-
-
-def _gauges(services: Services, blocks: BlockPool) -> Iterable[Gauge]:
-    shape = {"block_size": str(blocks.block_size), "num_gpu_blocks": str(blocks.num_blocks)}
-    yield "vllm:cache_config_info", "shape of the KV cache", shape, 1
-    yield "vllm:num_requests_running", "requests in the batch", {}, services.engine.num_running
-    yield "vllm:num_requests_waiting", "requests in the queue", {}, services.engine.num_waiting
-    yield "vllm:kv_cache_usage_perc", "share of KV blocks held", {}, 1 - blocks.num_free / blocks.num_blocks
-    for status, count in services.compressions.jobs.counts().items():
-        yield "deltaserve:jobs", "compressions that wait and run", {"status": status}, count
-    for tier, count in services.residency.counts().items():
-        yield "deltaserve:deltas", "deltas by tier", {"tier": tier}, count
-    for tier, size in services.residency.tier_bytes().items():
-        yield "deltaserve:delta_tier_bytes", "bytes of deltas by tier", {"tier": tier}, size
-    for model in services.store.models.every(MAX_DELTA_SERIES):
-        version = model.active
-        state = services.residency.state(version.digest)
-        labels = {"tenant": model.owner, "delta": model.name, "version": str(version.number), "state": state}
-        yield "deltaserve:delta_disk_bytes", "bytes of one delta's file", labels, version.summary["disk_bytes"]
-        resident = services.residency.resident_bytes(version.digest) or 0
-        yield "deltaserve:delta_resident_bytes", "bytes of one delta in memory, 0 on disk", labels, resident

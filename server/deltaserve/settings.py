@@ -67,6 +67,11 @@ class Settings(BaseSettings):
     quantization: Literal["none", "int8", "fp8", "int4"] = Field(
         "none", description="of the base's weights alone, by torchao; deltas ride on top"
     )
+    materialize_tokens: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        0,
+        description="on a GPU: tokens of one delta in a step from which W + Δ is written out for them; auto: timed at "
+        "start; 0: never",
+    )
     served_model_name: str | None = Field(None, description="id of the base in requests (default: its file name)")
     api_key: str | None = Field(
         None,

@@ -21,9 +21,9 @@ PROMPT = [5, 9]
 TOLERANCE = 1e-3  # of the logits: activations in float16 between factors and books
 
 
-def load(base: Path, kernels: str, dtype: torch.dtype = torch.float32) -> TransformersModel:
+def load(base: Path, kernels: str, dtype: torch.dtype = torch.float32, **more: Any) -> TransformersModel:
     checkpoint = Checkpoint.open(base)
-    model = load_model(checkpoint, device=DEVICE, dtype=dtype, kv_slots=1024, block_size=BLOCK, kernels=kernels)
+    model = load_model(checkpoint, device=DEVICE, dtype=dtype, kv_slots=1024, block_size=BLOCK, kernels=kernels, **more)
     assert isinstance(model, TransformersModel)
     assert model.runtime["kernels"] == kernels
     return model
@@ -46,6 +46,35 @@ def test_every_tenant_of_a_mixed_batch(towns: dict[str, Any], kind: str) -> None
     for name, text in found.items():
         assert relative_rms(text.stacked, wanted[name].stacked) < TOLERANCE, name
     assert torch.equal(found["base"].stacked, wanted["base"].stacked)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_every_tenant_with_its_weights_written_out(towns: dict[str, Any], kind: str) -> None:
+    """Wherever they can be: the others' layers, and the head, stay packed in the same step."""
+    town = towns[kind]
+    model = load(town.base, "triton", materialize_tokens=len(PROMPT))
+    writes = []
+    original = model.scratch.write
+    model.scratch.write = lambda *given: (writes.append(given[1]), original(*given))[1]
+    found, wanted = answers(model, town), answers(load(town.base, "torch"), town)
+    assert len(writes) > 7, "layers of several tenants"
+    for name, text in found.items():
+        assert relative_rms(text.stacked, wanted[name].stacked) < TOLERANCE, name
+    assert model.scratch_bytes == sum(4 * rows * cols for rows, cols in model.scratch.matrices)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"kernels": "torch"}, "100: Triton's kernels do that"),
+        ({"kernels": "triton", "quantization": "int8"}, "100: not on a quantised base"),
+        ({"kernels": "triton", "materialize_tokens": "auto"}, "auto: .*needs a GPU"),
+    ],
+)
+def test_written_weights_that_cannot_be_had_are_refused(tiny_base: Path, more: dict[str, Any], reason: str) -> None:
+    given = {"materialize_tokens": 100, **more}
+    with pytest.raises(BadRequest, match=f"--materialize-tokens {reason}"):
+        load_model(Checkpoint.open(tiny_base), device=torch.device("cpu"), dtype=None, kv_slots=64, **given)
 
 
 def test_resident_bytes_are_those_of_the_bundle(towns: dict[str, Any]) -> None:

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from deltaserve_kernels.fused.fields import IN_UNIT, UNIT, WORDS, Field, Launch, float_bits
-from deltaserve_kernels.fused.parts import BookForm, FusedTerm, InputForm
+from deltaserve_kernels.fused.fields import IN_UNIT, TAGS, UNIT, WORDS, Field, Launch, float_bits
+from deltaserve_kernels.fused.parts import BookForm, FusedTerm, InputForm, written_as
 from deltaserve_kernels.fused.slots import padded
 
 
 class LaunchNumbers:
-    """Numbers for launches, the same for all deltas of a server. Thread-safe."""
+    """Numbers for launches, the same for all deltas of a server; modulo TAGS, the launch's tag. Thread-safe."""
 
     def __init__(self) -> None:
         self._numbers: dict[Launch, int] = {}
@@ -29,7 +29,7 @@ class LaunchNumbers:
 
     def __getitem__(self, launch: Launch) -> int:
         with self._lock:
-            return self._numbers.setdefault(launch, len(self._numbers) + 1)
+            return self._numbers.setdefault(launch, (len(self._numbers) + 1) * TAGS + launch.tag)
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class SitePlan:
     variants: int = 1  # forms of the input, the input itself included
     rank: int = 0  # columns between factors
     tallest: int = 0  # rows of the tallest factor
+    reach: int = 0  # columns between factors up to the last that is used
+    written: frozenset[str] = frozenset()  # codes, gather, factors: what `materialize` adds to W; none: it cannot
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +72,8 @@ class _Site:
     launches: set[Launch]
     rank: int = 0
     tallest: int = 0
+    reach: int = 0
+    kinds: set[str | None] = field(default_factory=set)  # None: of a form that cannot be added to W
 
     def add(self, term: FusedTerm, gamma: float) -> None:
         offsets: dict[int, int] = {}  # first column of the factors of a rank
@@ -89,7 +93,10 @@ class _Site:
             if part.rank:
                 start = offsets.setdefault(part.rank, self.rank)
                 fields |= {Field.OUT: start} if part.phase == 2 else {Field.IN: start // IN_UNIT}
-                self.tallest = max(self.tallest, part.rows if part.phase == 2 else 0)
+                if part.phase == 2:
+                    self.tallest = max(self.tallest, part.rows)
+                    self.reach = max(self.reach, start + part.rows)
+            self.kinds.add(written_as(part))
             self.fields.append(fields)
             self.tensors.append({Field[name.upper()]: tensor for name, tensor in part.tensors.items()})
         self.rank += sum(offsets)
@@ -112,11 +119,15 @@ class _Site:
 
     @property
     def plan(self) -> SitePlan:
-        return SitePlan(frozenset(self.launches), 1 + len(self.forms), self.rank, self.tallest)
+        kinds = {kind for kind in self.kinds if kind} if None not in self.kinds else set()
+        written = frozenset(kinds - {"rescale"})
+        return SitePlan(frozenset(self.launches), 1 + len(self.forms), self.rank, self.tallest, self.reach, written)
 
 
-def make_bundle(sites: Sequence[Sequence[tuple[FusedTerm, float]]], numbers: LaunchNumbers) -> Bundle:
-    """`sites`: for each, its terms with their gamma."""
+def make_bundle(
+    sites: Sequence[Sequence[tuple[FusedTerm, float]]], numbers: LaunchNumbers, packed: Collection[int] = ()
+) -> Bundle:
+    """`sites`: for each, its terms with their gamma; `packed`: those whose W + Δ is not all that the delta does."""
     made = [_Site(numbers, [], [], [], set()) for _ in sites]
     for site, terms in zip(made, sites, strict=True):
         for term, gamma in terms:
@@ -140,7 +151,10 @@ def make_bundle(sites: Sequence[Sequence[tuple[FusedTerm, float]]], numbers: Lau
     memory[: words.nbytes] = words.view(torch.uint8)
     for start, tensor in blocks:
         memory[start * UNIT : start * UNIT + tensor.nbytes] = tensor.contiguous().flatten().view(torch.uint8)
-    return Bundle(memory, tuple(site.plan for site in made))
+    plans = [site.plan for site in made]
+    for index in packed:
+        plans[index] = replace(plans[index], written=frozenset())
+    return Bundle(memory, tuple(plans))
 
 
 def merged(plans: Sequence[SitePlan]) -> SitePlan:

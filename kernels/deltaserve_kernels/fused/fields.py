@@ -10,6 +10,8 @@ from typing import NamedTuple
 WORDS = 16
 UNIT = 16  # bytes: offsets count these, from the start of the delta's memory; 0: there is none
 IN_UNIT = 128  # columns
+KINDS = ("rescale", "variant", "codes", "gather", "grid", "patches")
+TAGS = 32
 
 
 class Field(IntEnum):
@@ -24,7 +26,7 @@ class Field(IntEnum):
     GROUP_SCALE = 8  # offset: float32 [row tiles][groups][64], or a scale for each patch
     STARTS = 9  # offset, int32: origin and value table of each entry; first patch of each row; columns of a variant
     VALUES = 10  # offset: what value codes stand for; vectors of a grid; columns of patches; factors of a variant
-    INDEX_BITS = 11  # lower bits of an entry: the index; the others: its value code
+    INDEX_BITS = 11  # lower bits of an entry: the index, the others its value code; columns that share a scale of codes
     ROWS = 12  # of the part
     IN = 13  # first column of its input, in units of 128
     OUT = 14  # first column of its output
@@ -43,6 +45,11 @@ class Launch(NamedTuple):
     kind: str
     about: Hashable = 0
     turned: Hashable = None
+
+    @property
+    def tag(self) -> int:
+        """Its number modulo TAGS: what a kernel that reads every part of a site tells them apart by."""
+        return 8 * self.phase + KINDS.index(self.kind)
 
     @property
     def order(self) -> tuple[int, str, str, str]:

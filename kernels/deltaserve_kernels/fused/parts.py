@@ -101,6 +101,15 @@ def fused_term(term: Term) -> FusedTerm | None:
     return None if parts is None else FusedTerm(tuple(parts))
 
 
+def written_as(part: FusedPart) -> str | None:
+    """What a part is to `materialize`: codes, gather, factors, rescale; None for what it does not read: books, grids,
+    patches, rotations, columns that are picked."""
+    plain = part.turned is None and part.form.rotation is None and part.form.columns is None
+    if not plain or isinstance(part.about, BookForm) or part.kind not in ("codes", "gather", "rescale"):
+        return None
+    return "factors" if part.rank else part.kind
+
+
 def rescale(rows: int, scale: float, factors: Tensor | None) -> FusedTerm:
     """y ← (y − b) · scale · factors [rows] + b, before anything is added."""
     part = FusedPart("rescale", rows, scale=scale, phase=0)
@@ -202,7 +211,10 @@ def _grouped(part: FusedPart, scales: Tensor, group: int, superblocks: int, bits
     scales = F.pad(scales[:, :groups], (0, max(0, groups - scales.shape[1]), 0, -len(scales) % slots.ROW_TILE))
     tiled = scales.view(-1, slots.ROW_TILE, groups).mT.contiguous()
     return replace(
-        part, about=group, tensors=part.tensors | {"group_scale": tiled}, numbers=part.numbers | {"TILE": groups}
+        part,
+        about=group,
+        tensors=part.tensors | {"group_scale": tiled},
+        numbers=part.numbers | {"TILE": groups, "INDEX_BITS": group},
     )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from triton import knobs
 
@@ -142,6 +143,12 @@ class FusedStep:
         plan, launches = self.kernels.plan(site, self._mix, self.bundles)
         if launches:
             _SiteCall(self, site, plan, x, y, bias, y.shape[1] if rows is None else rows).run(launches)
+
+    def linear(self, site: int, x: Tensor, taken: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The whole layer: x [..., in] of T rows → [..., out]. `taken`: x as the base's weight takes it."""
+        y = F.linear(taken, weight, bias)
+        self.add(site, x, y.flatten(0, -2), bias)
+        return y
 
     def prepared(self, x: Tensor) -> Activations:
         """Shared by the layers that read the same x, one after the other."""

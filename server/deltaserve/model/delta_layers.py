@@ -74,11 +74,13 @@ class DeltaLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] with one row for each row of the step → [..., out]."""
         step = self._context[0].current
-        y = F.linear(base_input(x, self._weight_name, step, step.segments.runs), self.weight, self.bias)
+        taken = base_input(x, self._weight_name, step, step.segments.runs)
+        if (fused := self._context[0].fused) is not None:
+            y = fused.linear(self._site, x, taken, self.weight, self.bias)
+        else:
+            y = F.linear(taken, self.weight, self.bias)
         rows, out = x.flatten(0, -2), y.flatten(0, -2)  # views
         assert len(rows) == step.num_rows, f"{self._weight_name}: {len(rows)} rows in a step of {step.num_rows}"
-        if (fused := self._context[0].fused) is not None:
-            fused.add(self._site, x, out, self.bias)
         for run in step.segments.runs:
             self._add(rows[run.start : run.stop], out[run.start : run.stop], step.delta(run))
         return y

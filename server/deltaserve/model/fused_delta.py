@@ -23,7 +23,8 @@ def bundled(delta: ResidentDelta, sites: Sequence[tuple[str, int]], numbers: Lau
             others = tuple(term for term in layer.terms if not isinstance(term, FusedTerm))
             if others or layer.factors.cols is not None:
                 layers[name] = ResidentLayer(others, layer.gamma, factors=BaseFactors(cols=layer.factors.cols))
-    return replace(delta, layers=layers, bundle=make_bundle(terms, numbers))
+    packed = [site for site, (name, _) in enumerate(sites) if name in layers and layers[name].factors.cols is not None]
+    return replace(delta, layers=layers, bundle=make_bundle(terms, numbers, packed))
 
 
 def _terms(layer: ResidentLayer, rows: int) -> list[tuple[FusedTerm, float]]:

@@ -3,7 +3,8 @@ Asked for by name, they run, or the server does not start."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -18,7 +19,12 @@ from deltaserve_kernels.segments import Segments
 from deltaserve_kernels.terms import Term
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from deltaserve_kernels.fused.site import FusedKernels, FusedStep
+    from deltaserve_kernels.materialize.site import Scratch
+
+logger = logging.getLogger(__name__)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -70,9 +76,40 @@ def served_form(term: Term, library: Library | None, fused: FusedKernels | None 
     return term.serving() if form is None else form
 
 
-def fused_step(kernels: FusedKernels, step: Step, segments: Segments) -> FusedStep:
-    """What Triton's kernels read of `segments`. Slots are looked up now: deltas come and go between steps."""
+def fused_step(kernels: FusedKernels, step: Step, segments: Segments, scratch: Scratch | None = None) -> FusedStep:
+    """What Triton's kernels read of `segments`. Slots are looked up now: deltas come and go between steps. With
+    `scratch`, layers write the weights of long runs out."""
     from deltaserve_kernels.fused.site import FusedStep
+    from deltaserve_kernels.materialize.site import LongRuns
 
     bundles = {run.slot: step.delta(run).bundle for run in segments.runs}
-    return FusedStep(kernels, segments, {slot: bundle for slot, bundle in bundles.items() if bundle is not None})
+    present = {slot: bundle for slot, bundle in bundles.items() if bundle is not None}
+    return FusedStep(kernels, segments, present) if scratch is None else LongRuns(scratch, segments, present)
+
+
+def check_materialize(tokens: int | Literal["auto"], fused: FusedKernels | None, *, quantised: bool) -> None:
+    """Raises BadRequest where weights of long runs cannot be written out, or their number not be timed."""
+    if fused is None:
+        reason = "Triton's kernels do that, on a GPU"
+    elif quantised:
+        reason = "not on a quantised base"
+    elif tokens == "auto" and fused.device.type != "cuda":
+        reason = "what is timed needs a GPU; give a number"
+    else:
+        return
+    raise BadRequest(f"--materialize-tokens {tokens}: {reason}")
+
+
+def make_scratch(
+    kernels: FusedKernels, tokens: int | Literal["auto"], shapes: Iterable[tuple[int, int]], dtype: torch.dtype
+) -> Scratch:
+    """Memory for the weights of long runs; `tokens` from which a run is long, or auto: timed now."""
+    from deltaserve_kernels.materialize.calibrate import calibrated
+    from deltaserve_kernels.materialize.site import KINDS, Scratch
+
+    scratch = Scratch(kernels, shapes, dtype)
+    scratch.thresholds = calibrated(scratch) if tokens == "auto" else dict.fromkeys(KINDS, tokens)
+    scratch.warm_up()
+    told = ", ".join(f"{kind} {rows}" for kind, rows in scratch.thresholds.items())
+    logger.info("weights of long runs are written out, from these tokens on: %s; %d bytes", told, scratch.nbytes)
+    return scratch

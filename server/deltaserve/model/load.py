@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,15 @@ from deltaserve.errors import CheckpointError
 from deltaserve.model.attention import NAME, KvCache, make_attention
 from deltaserve.model.delta_layers import DeltaEmbedding, DeltaHead, DeltaLinear, DeltaModule
 from deltaserve.model.fused_delta import bundled
-from deltaserve.model.kernels import fused_kernels, fused_step, native_library, served_form, stored_dtype
+from deltaserve.model.kernels import (
+    check_materialize,
+    fused_kernels,
+    fused_step,
+    make_scratch,
+    native_library,
+    served_form,
+    stored_dtype,
+)
 from deltaserve.model.native import NativeModel, native_fits
 from deltaserve.model.probe import Reference
 from deltaserve.model.quantization import Quantization, check_stored_whole, quantise
@@ -31,6 +39,7 @@ from deltaserve_kernels.terms import Term
 
 if TYPE_CHECKING:
     from deltaserve_kernels.fused.site import FusedKernels
+    from deltaserve_kernels.materialize.site import Scratch
 
 logger = logging.getLogger(__name__)
 _serial = itertools.count()
@@ -44,6 +53,7 @@ class TransformersModel(ServedModel):
     context: StepContext
     library: Library | None  # native kernels for terms
     fused: FusedKernels | None  # Triton's
+    scratch: Scratch | None  # where weights of long runs are written out
     sites: tuple[tuple[str, int], ...]  # weights that take terms, and their rows
     quantization: Quantization  # of the base's matrices
 
@@ -54,6 +64,10 @@ class TransformersModel(ServedModel):
         return whole if self.quantization == "none" else {**whole, "quantization": self.quantization}
 
     @property
+    def scratch_bytes(self) -> int:
+        return 0 if self.scratch is None else self.scratch.nbytes
+
+    @property
     def num_paged_layers(self) -> int:
         return self.context.cache.num_layers
 
@@ -61,7 +75,7 @@ class TransformersModel(ServedModel):
     def forward(self, step: Step, ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
         self.context.step = step
         if self.fused is not None:
-            self.context.fused = fused_step(self.fused, step, step.segments)
+            self.context.fused = fused_step(self.fused, step, step.segments, self.scratch)
             same = step.head_segments == step.segments  # while all decode
             self.context.fused_head = self.context.fused if same else fused_step(self.fused, step, step.head_segments)
         try:
@@ -96,12 +110,17 @@ def load_model(
     block_size: int = 1,
     kernels: str = "auto",
     quantization: Quantization = "none",
+    materialize_tokens: int | Literal["auto"] = 0,
 ) -> ServedModel:
-    """`kernels`: auto, torch, triton, or a native instruction set. A quantised base runs in transformers. Raises
-    CheckpointError for what is no decoder-only model that can be served exactly, BadRequest for kernels or a
-    quantization that cannot be had."""
+    """`kernels`: auto, torch, triton, or a native instruction set. A quantised base runs in transformers.
+    `materialize_tokens`: rows of one delta in a step from which Triton's kernels write its weights out, 0: never.
+    Raises CheckpointError for what is no decoder-only model that can be served exactly, BadRequest for kernels, a
+    quantization or written weights that cannot be had."""
     check_stored_whole(checkpoint)
     dtype = dtype or stored_dtype(checkpoint)
+    fused = fused_kernels(kernels, device)
+    if materialize_tokens:
+        check_materialize(materialize_tokens, fused, quantised=quantization != "none")
     library = native_library(kernels, device, dtype)
     if library is not None and quantization == "none" and native_fits(checkpoint, block_size):
         return NativeModel.load(checkpoint, library, kv_slots)
@@ -110,8 +129,9 @@ def load_model(
             "%s runs in transformers, slower than the own decoder for Llama, Mistral, Qwen2 and Qwen3 in bfloat16",
             checkpoint.name if quantization == "none" else f"{checkpoint.name} in {quantization}",
         )
-    fused = fused_kernels(kernels, device)
-    return _load_transformers(checkpoint, device, dtype, kv_slots, block_size, library, fused, quantization)
+    return _load_transformers(
+        checkpoint, device, dtype, kv_slots, block_size, library, fused, quantization, materialize_tokens
+    )
 
 
 def _load_transformers(
@@ -123,6 +143,7 @@ def _load_transformers(
     library: Library | None,
     fused: FusedKernels | None,
     quantization: Quantization,
+    materialize_tokens: int | Literal["auto"],
 ) -> TransformersModel:
     context = StepContext(KvCache(kv_slots))
     attention = f"{NAME}_{next(_serial)}"  # transformers' table of them is global, the cache is this model's
@@ -147,6 +168,8 @@ def _load_transformers(
     head = next(module for module in model.modules() if isinstance(module, DeltaHead))
     if tied:
         other = other | {LM_HEAD}
+    shapes = {(m.out_features, m.in_features) for m in model.modules() if isinstance(m, DeltaLinear)}
+    scratch = make_scratch(fused, materialize_tokens, shapes, model.dtype) if fused and materialize_tokens else None
     made = TransformersModel(
         causal=model,
         context=context,
@@ -160,6 +183,7 @@ def _load_transformers(
         other=frozenset(other),
         library=library,
         fused=fused,
+        scratch=scratch,
         sites=tuple(sites.items()),
         quantization=quantization,
     )

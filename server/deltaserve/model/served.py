@@ -34,6 +34,11 @@ class ServedModel(ABC):
         """Which decoder and kernels run, for logs and /version."""
 
     @property
+    def scratch_bytes(self) -> int:
+        """Memory for weights that are written out for a step."""
+        return 0
+
+    @property
     @abstractmethod
     def num_paged_layers(self) -> int:
         """Layers that have written to the paged KV cache."""

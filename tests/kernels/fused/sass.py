@@ -35,6 +35,8 @@ from deltaserve_kernels.fused.site import (
 )
 from deltaserve_kernels.grouped_matmul.fused import grouped_matmul_kernel
 from deltaserve_kernels.grouped_matmul.fused_patches import patch_matmul_kernel
+from deltaserve_kernels.materialize.fused import materialize_kernel
+from deltaserve_kernels.materialize.site import COLS, RANKS, ROWS, WARPS
 from deltaserve_kernels.sparse_matmul.fused import gather_matmul_kernel
 
 TARGETS = (80, 90)
@@ -43,10 +45,12 @@ POINTERS = {
     "pool_byte": "*u8", "pool_word": "*i32", "pool_value": "*fp16", "pool_float": "*fp32", "pool_field": "*i64",
     "slots": "*i64", "segments": "*i32", "x": "*fp16", "source": "*fp16", "sums": "*fp32", "exponents": "*fp32",
     "columns": "*i32", "factors": "*fp32", "out": "*fp16", "bias": "*bf16", "y": "*bf16",
+    "weight": "*bf16", "left": "*fp32", "right": "*fp32",
 }  # fmt: skip
 CODES = {"EACH": False, "LANES": LANES, "M": ROWS_OF_A_SEGMENT, "N": WEIGHT_ROWS, "PROGRAMS": 528}
 PREP = {"LANES": LANES, "BLOCK": PREP_BLOCK}
 GRID = {"EACH": False, "PADDED": 8, "SEGMENTS": 4, "M": ROWS_OF_A_SEGMENT, "N": GRID_ROWS, "PROGRAMS": 528}
+WRITE = {"LANES": LANES, "N": ROWS, "C": COLS, "R": RANKS}
 KERNELS: dict[str, tuple[Any, dict[str, Any], int, dict[str, str]]] = {  # name → kernel, constants, warps, other types
     "codes": (grouped_matmul_kernel, CODES | {"GROUP": 0}, WEIGHT_WARPS, {}),
     "codes g128": (grouped_matmul_kernel, CODES | {"GROUP": 128}, WEIGHT_WARPS, {}),
@@ -56,6 +60,8 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], int, dict[str, str]]] = {  # name 
     "patches": (patch_matmul_kernel, {"SIZE": 16, "M": ROWS_OF_A_SEGMENT, "PROGRAMS": 528}, 4, {"y": "*fp32"}),
     "prep": (activation_prep_kernel, PREP, 4, {"x": "*bf16"}),
     "variants": (variant_prep_kernel, PREP | {"PROGRAMS": 528}, 4, {"x": "*bf16"}),
+    "materialize": (materialize_kernel, WRITE | {"PHASE": 1}, WARPS, {"out": "*bf16"}),
+    "materialize factors": (materialize_kernel, WRITE | {"PHASE": 3}, WARPS, {"out": "*fp32"}),
     "rescale": (rescale_kernel, {"BIAS": True, "N": GATHER_ROWS, "PROGRAMS": 528}, 4, {}),
 }
 

@@ -15,6 +15,7 @@ from deltaserve_kernels.fused.parts import LANES
 from deltaserve_kernels.fused.site import WEIGHT_ROWS, WEIGHT_WARPS
 
 KERNELS = ["codes", "codes g128", "factors", "gather", "grid", "patches", "prep", "variants", "rescale"]
+KERNELS += ["materialize", "materialize factors"]
 BUDGETS = {"codes": {1: 1.1, 2: 1.3, 4: 1.6}, "codes g128": {1: 1.4, 2: 1.55, 4: 1.9}}  # instructions for a weight
 PRODUCTS = {1: 64, 2: 32, 4: 16}  # of m16n8k16 in a superblock and warp of 32 rows, by bits
 COPIED = "LDGSTS.E.BYPASS.128"  # 16 bytes of codes into shared memory, past the first cache
