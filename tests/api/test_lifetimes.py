@@ -27,6 +27,14 @@ def test_a_model_is_deleted_when_its_time_is_up(
     assert server.http.patch("/v1/deltas/long", json={"pinned": False}).json()["expires_at"], "what is left out stays"
     for wrong in (0, -1, 1.5, 10**12):
         error_of(server.http.patch("/v1/deltas/long", json={"expires_in_s": wrong}), 400, "invalid_request")
+    process.wait_until(lambda: time.time() > card["expires_at"], "its time is up")
+    for method, path in (("GET", "/v1/deltas/short"), ("GET", "/v1/models/short@1"), ("DELETE", "/v1/deltas/short")):
+        error_of(server.http.request(method, path), 404, "model_not_found")
+    error_of(server.http.post("/v1/completions", json={"model": "short", "prompt": "a"}), 404, "model_not_found")
+    assert [one["id"] for one in server.http.get("/v1/deltas").json()["data"]] == ["kept", "long"]
+    again = server.http.put("/v1/deltas/short", content=tenants["sparse"].artifact, headers={"If-None-Match": "*"})
+    assert (again.status_code, again.json()["version"], again.json()["expires_at"]) == (201, 1, None)
+    card = server.http.patch("/v1/deltas/short", json={"expires_in_s": 1}).json()
     assert server.stop() == 0
     process.wait_until(lambda: time.time() > card["expires_at"], "its time is up")
     server = start_server(api_key=KEY)

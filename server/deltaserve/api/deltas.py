@@ -160,7 +160,9 @@ async def upload_delta(
     services.refuse_if_draining()
     http.state.max_body_bytes = math.inf  # below is its own bound
     to = destination(services, caller, name, activate, when)
-    when.check(await asyncio.to_thread(services.store.models.own, to.owner.id, to.name))  # now, and when it is stored
+    when.check(
+        await asyncio.to_thread(services.store.models.living, to.owner.id, to.name)
+    )  # now, and when it is stored
     declared = http.headers.get("content-length", "")
     most = largest(services, to, int(declared) if declared.isdigit() else 0)
     num_bytes = int(declared) if declared.isdigit() else most

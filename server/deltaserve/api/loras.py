@@ -46,7 +46,7 @@ async def load_lora_adapter(body: LoadIn, services: ServicesDep, caller: CallerD
     """A copy of the file becomes a version of the model, checked as by PUT /v1/deltas/{name}."""
     services.refuse_if_draining()
     to = destination(services, caller, body.lora_name, True, ALWAYS)
-    before = await asyncio.to_thread(services.store.models.own, to.owner.id, to.name)
+    before = await asyncio.to_thread(services.store.models.living, to.owner.id, to.name)
     if before and not body.load_inplace:
         raise NameConflict(f"{body.lora_name!r} is loaded already; load_inplace replaces it", param="lora_name")
     await asyncio.get_running_loop().run_in_executor(services.upload_pool, _copy, services, to, body.lora_path)

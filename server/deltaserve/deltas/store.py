@@ -139,6 +139,7 @@ class DeltaStore:
         """A finished upload becomes a version, and the name points to it. Bytes that the model has already are the
         version they were. `also` is written with it, or neither is. Raises InvalidName, StorageFull."""
         check_name(to.name)
+        self.delete_expired()  # or a new version would end with the old ones
         with self._kept(digest):  # if nothing comes of it, it goes
             named = self.bring_in(object_key(digest), upload.path)
             with self._registry.write():  # the new version comes and an old one goes, or neither

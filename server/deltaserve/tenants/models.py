@@ -68,6 +68,11 @@ class Model:
     shared_with: tuple[str, ...]
 
     @property
+    def is_over(self) -> bool:
+        """Its time is up: nobody finds it, and `deltas.store` will soon delete it."""
+        return self.expires is not None and self.expires <= time.time()
+
+    @property
     def etag(self) -> str:
         return f'"{self.id}-{self.revision}"'
 
@@ -168,9 +173,8 @@ class Models:
         """The caller's own by name, then what is shared with it; an admin sees all."""
         where, values = _by(caller, ALL_SEEN)
         order = "ORDER BY m.tenant != ?, t.name, m.name"
-        return [
-            _model(row) for row in self._registry.rows(f"{SELECT} WHERE {where} {order}", *values, caller.tenant.id)
-        ]
+        rows = self._registry.rows(f"{SELECT} WHERE {where} {order}", *values, caller.tenant.id)
+        return [model for row in rows if not (model := _model(row)).is_over]
 
     def of(self, tenant_id: int) -> list[Model]:
         return [_model(row) for row in self._registry.rows(f"{SELECT} WHERE m.tenant = ? ORDER BY m.name", tenant_id)]
@@ -190,6 +194,10 @@ class Models:
         rows = self._registry.rows(f"{SELECT} WHERE m.tenant = ? AND m.name = ?", tenant_id, name)
         return _model(rows[0]) if rows else None
 
+    def living(self, tenant_id: int, name: str) -> Model | None:
+        """`own`, unless its time is up."""
+        return None if (model := self.own(tenant_id, name)) is None or model.is_over else model
+
     def find(self, caller: Caller, called: str) -> tuple[Model, Version | None]:
         """The model, and the version where the reference has one. Raises ModelNotFound."""
         wanted = Reference.parse(called)
@@ -200,9 +208,8 @@ class Models:
             wanted.name,
             *values,
         )
-        if not rows:
+        if not rows or (model := _model(rows[0])).is_over:
             raise missing(called)
-        model = _model(rows[0])
         return model, None if wanted.version is None else self.version(model, wanted.version, called)
 
     def owned(self, caller: Caller, called: str) -> tuple[Model, Version | None]:
