@@ -220,6 +220,7 @@ def build_services(settings: Settings) -> Services:
         sightings=sightings,
         metrics=metrics,
         upload_pool=upload_pool(FEW_CORES),
+        unwatch=model.watch_compiles(metrics.kernel_compiled),
     )
     services.keep_pinned()
     job_runner.start(is_alone=not registry.is_shared)
@@ -291,6 +292,7 @@ def create_app(services: Services) -> FastAPI:
 def close_services(services: Services) -> None:
     """Ends what runs, and every thread and process of `services`."""
     services.engine.stop()
+    services.unwatch()
     services.upload_pool.shutdown()
     services.compressions.close()
     services.residency.close()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
@@ -12,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+logger = logging.getLogger(__name__)
 MAX_DELTA_SERIES = 200
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -31,6 +33,7 @@ class Metrics:
         self.prefix_queries = self._counter("vllm:prefix_cache_queries", "prompt tokens looked up in the prefix cache")
         self.prefix_hits = self._counter("vllm:prefix_cache_hits", "prompt tokens whose KV was found there")
         self.rejections = self._counter("vllm:admission_rejections", "requests refused because the queue was full")
+        self.kernel_compiles = self._counter("deltaserve:kernel_compiles", "Triton kernels compiled while serving")
         self.requests = Counter(
             "vllm:request_success",
             "requests that ended, by reason",
@@ -94,6 +97,11 @@ class Metrics:
             self._used.add(pair)
         for counter, amount in zip(self._tenant_counters, amounts, strict=False):
             counter.labels(*pair).inc(amount)
+
+    def kernel_compiled(self, name: str) -> None:
+        """Nothing should be compiled once the server is up, but where a delta is loaded."""
+        self.kernel_compiles.inc()
+        logger.warning("the kernel %s was compiled for a step, which waited for it", name)
 
     def finished(self, reason: str) -> None:
         self.requests.labels(self.model_name, reason).inc()

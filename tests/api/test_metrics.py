@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from deltaserve.metrics import MAX_DELTA_SERIES, Metrics
+
 GAUGES = ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"]
 COUNTERS = [
     "vllm:prompt_tokens_total",
@@ -14,6 +16,7 @@ COUNTERS = [
     "vllm:admission_rejections_total",
     "vllm:prefix_cache_queries_total",
     "vllm:prefix_cache_hits_total",
+    "deltaserve:kernel_compiles_total",
 ]
 HISTOGRAMS = [
     "vllm:time_to_first_token_seconds",
@@ -71,8 +74,6 @@ def test_the_server_describes_itself(route: str, server: Any) -> None:
 
 
 def test_the_series_of_tenants_are_bounded() -> None:
-    from deltaserve.metrics import MAX_DELTA_SERIES, Metrics
-
     metrics = Metrics("tiny")
     for number in range(MAX_DELTA_SERIES + 50):
         for _ in range(2):
@@ -82,3 +83,10 @@ def test_the_series_of_tenants_are_bounded() -> None:
     ]
     assert len(lines) == MAX_DELTA_SERIES + 1
     assert 'deltaserve:tenant_requests_total{model="other",tenant="other"} 100.0' in lines
+
+
+def test_a_kernel_that_is_compiled_while_serving_is_counted_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics("tiny")
+    metrics.kernel_compiled("rescale_kernel")
+    assert 'deltaserve:kernel_compiles_total{model_name="tiny"} 1.0' in metrics.render().decode()
+    assert [(record.levelname, "rescale_kernel" in record.message) for record in caplog.records] == [("WARNING", True)]

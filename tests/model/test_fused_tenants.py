@@ -10,10 +10,12 @@ import torch
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.errors import BadRequest
 from deltaserve.model.load import TransformersModel, load_model
+from deltaserve_kernels.fused.compiles import watch
 
 from .native_bases import BLOCK, Text, advance, relative_rms
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,6 +87,29 @@ def test_resident_bytes_are_those_of_the_bundle(towns: dict[str, Any]) -> None:
         overrides = sum(override.nbytes for override in delta.overrides.values())
         factors = sum(layer.nbytes for layer in delta.layers.values())
         assert delta.nbytes == delta.bundle.nbytes + overrides + factors
+
+
+@pytest.fixture
+def nothing_compiles() -> Iterator[None]:
+    """Fails the test for whatever is compiled in it, but where deltas are loaded."""
+    told: list[str] = []
+    end = watch(told.append)
+    yield
+    end()
+    assert not told, "a step waited for a compiler"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the interpreter compiles nothing")
+@pytest.mark.parametrize("more", [{}, {"materialize_tokens": len(PROMPT)}])
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.usefixtures("nothing_compiles")
+def test_no_step_waits_for_a_compiler(towns: dict[str, Any], kind: str, more: dict[str, int]) -> None:
+    answers(load(towns[kind].base, "triton", torch.bfloat16, **more), towns[kind])
+
+
+def test_a_model_without_kernels_that_compile_watches_nothing(towns: dict[str, Any]) -> None:
+    load(towns["tied"].base, "torch").watch_compiles(pytest.fail)()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has Triton")

@@ -25,6 +25,7 @@ from deltaserve_kernels.activation_prep.naive import COPIES
 from deltaserve_kernels.codebook_matmul.fused import grid_matmul_kernel
 from deltaserve_kernels.codebook_matmul.project import project
 from deltaserve_kernels.fused.bundle import Bundle, LaunchNumbers, SitePlan, merged
+from deltaserve_kernels.fused.compiles import expected
 from deltaserve_kernels.fused.fields import IN_UNIT, UNIT, Launch
 from deltaserve_kernels.fused.fused_rescale import rescale_kernel
 from deltaserve_kernels.fused.parts import LANES, BookForm, grid_padding
@@ -82,17 +83,23 @@ class FusedKernels:
         self._merged: dict[tuple[int, frozenset[int]], tuple[SitePlan, list[Launch]]] = {}
 
     def warm_up(self, bundle: Bundle, dtype: torch.dtype) -> None:
-        """Compiles what a delta needs and no other has needed, by launches without rows; y is of `dtype`.
+        """Compiles what a delta needs and no other has needed, by launches without rows; activations are of
+        `dtype`, layers have a bias or none.
 
         Called where the delta is loaded, so that no step waits for a compiler. Thread-safe.
         """
-        step, x, y = FusedStep(self, Segments(), {0: bundle}), torch.zeros(1, WIDTH), torch.zeros(1, WIDTH, dtype=dtype)
+        step = FusedStep(self, Segments(), {0: bundle})
+        x, y = torch.zeros(2, 1, WIDTH, dtype=dtype, device=self.device)
         for plan in set(bundle.plans):
             with self._lock:
                 fresh = sorted(plan.launches - self._warm, key=lambda launch: launch.order)
                 self._warm.update(fresh)
-            if fresh:
-                _SiteCall(step, 0, plan, x.to(self.device), y.to(self.device), None, WIDTH).run(fresh)
+            if not fresh:
+                continue
+            with expected():
+                _SiteCall(step, 0, plan, x, y, None, WIDTH).run(fresh)
+                biased = [launch for launch in fresh if launch.kind == "rescale"]
+                _SiteCall(step, 0, plan, x, y, y[0], WIDTH).run(biased)
 
     def plan(self, site: int, mix: frozenset[int], bundles: Sequence[Bundle]) -> tuple[SitePlan, list[Launch]]:
         """What a mix of bundles with these numbers needs at a site, and its launches in order; remembered."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -64,6 +65,7 @@ class Services:
     sightings: Sightings
     metrics: Metrics
     upload_pool: ThreadPoolExecutor
+    unwatch: Callable[[], None]  # ends what is told of kernels that are compiled
     draining: bool = field(default=False)
     _pinning: threading.Lock = field(default_factory=threading.Lock)
     _kept: set[DeltaDigest] = field(default_factory=set)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -87,6 +87,13 @@ class TransformersModel(ServedModel):
             return logits if absent is None else logits.masked_fill(absent, -torch.inf)  # a cap lifts what is −inf
         finally:
             self.context.step = self.context.fused = self.context.fused_head = self.context.absent = None
+
+    def watch_compiles(self, told: Callable[[str], None]) -> Callable[[], None]:
+        if self.fused is None:
+            return super().watch_compiles(told)
+        from deltaserve_kernels.fused.compiles import watch
+
+        return watch(told)
 
     def serve(self, term: Term) -> ServedTerm:
         return served_form(term, self.library, self.fused)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,10 @@ class ServedModel(ABC):
     @abstractmethod
     def forward(self, step: Step, ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
         """ids, positions int64 [T] → logits float32 [R, vocabulary] of the rows `logit_rows` int64 [R]."""
+
+    def watch_compiles(self, told: Callable[[str], None]) -> Callable[[], None]:  # noqa: ARG002 (not every model compiles)
+        """`told` gets the name of each kernel that a step had to wait for, compiled; → what ends that."""
+        return lambda: None
 
     @abstractmethod
     def serve(self, term: Term) -> ServedTerm:
