@@ -34,6 +34,7 @@ MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_TRIALS = 2  # at once
 TRIAL_TIMEOUT_S = 10.0
 MAX_KNOWN = 256  # grammars that were tried and found good
+DEBUG_TAG = "<non-verbose/>"  # of the library's own
 MAX_REASON_CHARS = 500
 MASK_THREADS = 2
 MASK_TIMEOUT_S = 3.0
@@ -165,4 +166,4 @@ def _try(grammar: Grammar) -> str:
 
 
 def _reason(message: str) -> str:
-    return f"the grammar cannot be used: {message[:MAX_REASON_CHARS]}"
+    return f"the grammar cannot be used: {message.removesuffix(DEBUG_TAG).strip()[:MAX_REASON_CHARS]}"
