@@ -4,11 +4,13 @@
 
 Each layer is its four products (q k v, o, gate up, down) in bfloat16, every site and tenant in memory of its own:
 caches help nobody. Beside each kind: T copies of the weights (one model a tenant), and a loop over tenants of plain
-low-rank products, as PEFT's layers do them. Checked first: a site of each kind against `decode` in float64, which
-float16 subnormals in tensor cores are part of, and the same bits from 20 replays. A wrong result ends the run.
+low-rank products, as PEFT's layers do them; and W + Δ of one tenant written out. Checked first: a site of each kind
+against `decode` in float64, which float16 subnormals in tensor cores are part of, and the same bits from 20 replays. A
+wrong result ends the run.
 
 PREDICTED, before any run on a GPU (H100, 7B, at 1, 4, 8, 16 tenants): one bit 1.14, 1.37, 1.67, 2.3; half a bit 1.10,
-1.23, 1.39, 1.72; seeded-vq at 0.03 within 1.1 at 16 and 1.3 at 64; rank 16 1.11, 1.14, 1.19, 1.27.
+1.23, 1.39, 1.72; seeded-vq at 0.03 within 1.1 at 16 and 1.3 at 64; rank 16 1.11, 1.14, 1.19, 1.27. W + Δ
+written out, one bit: 1.8.
 
     python kernels/benchmarks/gpu_terms.py [--model 7b|8b|tiny] [--tenants T …] [--kind NAME …] [--json FILE]
 
@@ -37,6 +39,7 @@ from torch import Tensor
 from deltaserve_kernels.fused.bundle import Bundle, make_bundle
 from deltaserve_kernels.fused.parts import FusedTerm, fused_term
 from deltaserve_kernels.fused.site import FusedKernels, FusedStep
+from deltaserve_kernels.materialize.site import Scratch
 from deltaserve_kernels.segments import Segments
 from deltaserve_kernels.terms import LowRank
 
@@ -83,6 +86,18 @@ class Layers:
             return out
 
         return run
+
+    def written(self, bundle: Bundle) -> Callable[[], object]:
+        """W + Δ of every layer, without a product."""
+        scratch, step = (
+            Scratch(self.kernels, self.shapes, torch.bfloat16),
+            FusedStep(self.kernels, Segments(), {0: bundle}),
+        )
+        return lambda: [
+            scratch.write(step.slots, 0, site, bundle.plans[site], weight)
+            for site, weight in enumerate(self.weights)
+            if bundle.plans[site].written
+        ]
 
     def copies(self, tenants: int) -> Callable[[], object]:
         """A model for each tenant: its weights are read for its one row. The same weights, over and over: the sum of
@@ -165,6 +180,11 @@ def check(kernels: FusedKernels, kind: str, shape: Shape) -> FusedTerm:
     found = error(y.cpu(), x.double() @ term.decode().double().T)
     if not found < TOLERANCE:
         raise SystemExit(f"{kind} {shape}: wrong by {found:.1e}; nothing is reported")
+    if (plan := bundle.plans[0]).written:
+        zero = torch.zeros(shape, device=kernels.device)
+        whole = Scratch(kernels, [shape], zero.dtype).write(step.slots, 0, 0, plan, zero)
+        if not (found := error(whole.cpu(), term.decode().double())) < TOLERANCE:
+            raise SystemExit(f"{kind} {shape}: written out, wrong by {found:.1e}; nothing is reported")
     return made
 
 
@@ -211,6 +231,8 @@ def main() -> int:
                 term = KINDS[kind](*layer[0])
                 if isinstance(term, LowRank):
                     others["loop"] = captured(layers.loops(term, count))
+                if count == 1 and bundles[0].plans[0].written:
+                    others["written"] = captured(layers.written(bundles[0]))
                 found[count] = slowdowns(captured(layers.base(count)), others, args.rounds)
             rows.append({"kind": kind, "bits": bits, "slowdown": found})
             print(
