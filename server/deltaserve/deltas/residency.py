@@ -114,13 +114,7 @@ class Residency:
             needed = {digest: self._sizes.get(digest, 0) for digest in (*digests, *self._kept)}
         size, limit = sum(needed.values()), self._limits.device_bytes or math.inf
         if len(needed) > len(self.slots) or (len(needed) > 1 and size > limit):
-            own = [needed[digest] for digest in set(digests)]  # what is pinned may be another's
-            known = f", {sum(own)} bytes together," if all(own) else ""
-            raise BadRequest(
-                f"the mixture's {len(own)} models{known} do not fit on the device at once; "
-                f"places for models: {len(self.slots)}",
-                param="mixture",
-            )
+            raise BadRequest(f"{len(set(digests))} models do not fit on the device at once", param="mixture")
 
     def want(self, digests: Sequence[DeltaDigest], held: Collection[DeltaDigest] = ()) -> None:
         """All that is waited for, the first in turn first; what is not named is not waited for any more. `held` is
