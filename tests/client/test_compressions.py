@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from deltaserve.cli import connection, main
-from deltaserve_client import Client, Conflict, InvalidArgument, Unprocessable
+from deltaserve_client import ApiError, Client, Conflict, InvalidArgument, Unprocessable
 from deltaserve_client.checkpoint import PART_BYTES, files_of
 
 
@@ -19,7 +19,7 @@ class Server:
     """Keeps what it is sent. `states`: what a job says each time that it is asked."""
 
     def __init__(self, *states):
-        self.files, self.parts, self.jobs, self.keys = {}, {}, [], []
+        self.files, self.parts, self.jobs, self.keys, self.deleted = {}, {}, [], [], []
         self.states = list(states)
 
     def __call__(self, request):
@@ -45,6 +45,9 @@ class Server:
             assert body["sha256"] == hashlib.sha256(data).hexdigest()
             self.files[name] = data
             return httpx.Response(200, json={"file": {"id": f"file-{name}"}})
+        if request.method == "DELETE":
+            self.deleted.append(path)
+            return httpx.Response(200, json={"deleted": True})
         if request.method == "POST":
             self.jobs.append(json.loads(request.content) if request.content else {})
             self.keys.append(request.headers.get("idempotency-key"))
@@ -133,6 +136,27 @@ def test_the_servers_refusals_are_errors(wire, folder):
         wire.ask(refuse(422), "compress", "acme", folder)
     with pytest.raises(Conflict):
         wire.ask(refuse(409), "cancel_compression", "compression-1")
+
+
+@pytest.mark.parametrize(("status", "stays"), [(422, False), (429, False), (500, True)])
+def test_files_of_a_job_that_is_refused_do_not_stay(wire, folder, tmp_path, status, stays):
+    """After a 500 nobody knows whether there is a job. One that cannot be deleted hides the refusal from nobody."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    server = Server()
+
+    def refuse(request):
+        error = {"error": {"message": "no", "code": "c", "param": None}}
+        if request.url.path == "/v1/compressions":
+            return httpx.Response(status, json=error)
+        reply = server(request)
+        return httpx.Response(409, json=error) if request.url.path == "/v1/files/file-config.json" else reply
+
+    with pytest.raises(ApiError) as refusal:
+        wire.ask(refuse, "compress", "acme", folder, data=rows)
+    assert refusal.value.status == status
+    names = [] if stays else ["model.safetensors", "config.json", "rows.jsonl"]
+    assert server.deleted == [f"/v1/files/file-{name}" for name in names]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import httpx
@@ -117,18 +118,21 @@ class AsyncClient:
         return await self._ask(calls.request(method, path, body, params))
 
     async def _follow(self, steps: checkpoint.Steps) -> Compression:
-        reply: Any = None
+        go_on: Callable[[], calls.Call[Any] | float] = partial(next, steps)
         while True:
             try:
-                step = steps.send(reply)
+                step = go_on()
             except StopIteration as end:
                 done: Compression = end.value
                 return done
             if isinstance(step, float):
                 await self._sleep(step)
-                reply = None
-            else:
-                reply = await self._ask(step)
+                go_on = partial(next, steps)
+                continue
+            try:
+                go_on = partial(steps.send, await self._ask(step))
+            except ApiError as refusal:
+                go_on = partial(steps.throw, refusal)
 
     async def _ask(self, call: calls.Call[T], body: Callable[[], AsyncIterator[bytes]] | None = None) -> T:
         return call.parse(await self._send(call, body, is_stream=False))

@@ -120,6 +120,10 @@ def complete_upload(upload_id: str, part_ids: Sequence[str], sha256: str) -> Cal
     return _post(f"/v1/uploads/{_segment(upload_id)}/complete", body, replies.one(dict))
 
 
+def delete_file(file_id: str) -> Call[None]:
+    return Call("DELETE", f"/v1/files/{_segment(file_id)}", replies.nothing, Repeat.IF_NOT_RUN)
+
+
 def create_compression(body: Json, key: str) -> Call[Compression]:
     """`key`: sent twice it is one job."""
     return _post("/v1/compressions", body, replies.one(Compression.from_json), {"idempotency-key": key})

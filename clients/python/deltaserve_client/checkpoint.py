@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from deltaserve_client import calls
-from deltaserve_client.errors import InvalidArgument
+from deltaserve_client.errors import ApiError, InvalidArgument
 
 if TYPE_CHECKING:
     import os
@@ -57,7 +58,8 @@ def files_of(directory: Path) -> list[Path]:
 
 
 def compress(name: str, directory: str | os.PathLike[str], options: Json, progress: Progress | None) -> Steps:
-    """Uploads the files and asks for the job. `options`: fields of the request; `data`, `calibration` are paths."""
+    """Uploads the files and asks for the job. `options`: fields of the request; `data`, `calibration` are paths. The
+    files of a job that is refused do not stay."""
     told = {key: value for key, value in options.items() if value is not None}
     paths = files_of(Path(directory))
     texts = {key: Path(told.pop(key)) for key in TEXTS if key in told}
@@ -75,7 +77,13 @@ def compress(name: str, directory: str | os.PathLike[str], options: Json, progre
         files.append((yield from _upload(path, count)))
     for key, path in texts.items():
         told[key] = yield from _upload(path, count)
-    job: Compression = yield calls.create_compression({**told, "name": name, "files": files}, uuid.uuid4().hex)
+    try:
+        job: Compression = yield calls.create_compression({**told, "name": name, "files": files}, uuid.uuid4().hex)
+    except ApiError as refusal:
+        for file_id in (*files, *(told[key] for key in texts)) if refusal.status < 500 else ():
+            with suppress(ApiError):
+                yield calls.delete_file(file_id)
+        raise
     return job
 
 

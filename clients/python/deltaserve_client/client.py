@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import httpx
@@ -131,18 +132,21 @@ class Client:
         return self._ask(calls.request(method, path, body, params))
 
     def _follow(self, steps: checkpoint.Steps) -> Compression:
-        reply: Any = None
+        go_on: Callable[[], calls.Call[Any] | float] = partial(next, steps)
         while True:
             try:
-                step = steps.send(reply)
+                step = go_on()
             except StopIteration as end:
                 done: Compression = end.value
                 return done
             if isinstance(step, float):
                 self._sleep(step)
-                reply = None
-            else:
-                reply = self._ask(step)
+                go_on = partial(next, steps)
+                continue
+            try:
+                go_on = partial(steps.send, self._ask(step))
+            except ApiError as refusal:
+                go_on = partial(steps.throw, refusal)
 
     def _ask(self, call: calls.Call[T], body: Callable[[], Iterator[bytes]] | None = None) -> T:
         return call.parse(self._send(call, body, is_stream=False))
