@@ -11,6 +11,8 @@ import pytest
 from deltaserve.deltas.imports import ImportRoot
 from deltaserve.errors import BadRequest, NotFound, PermissionDenied
 
+from ..support.imports import read
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -29,19 +31,12 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def read(root: Path, asked: str) -> bytes:
-    with ImportRoot(root).open(asked) as file:
-        data = b"".join(file.pieces)
-    assert len(data) == file.num_bytes
-    return data
-
-
 def test_files_under_the_root_are_read_by_any_name_that_stays_there(root: Path) -> None:
     (root / "link").symlink_to("folder/file")
     (root / "absolute").symlink_to(root / "folder")
     whole = os.path.realpath(root)
     for asked in ("folder/file", "./folder/../folder/file", "link", "absolute/file", f"{root}/link", f"{whole}/link"):
-        assert read(root, asked) == b"honest"
+        assert read(ImportRoot(root), asked) == b"honest"
 
 
 def test_paths_out_of_the_root_answer_like_no_file(root: Path) -> None:
@@ -60,7 +55,7 @@ def test_paths_out_of_the_root_answer_like_no_file(root: Path) -> None:
     ]  # fmt: skip
     for asked in attacks:
         with pytest.raises(NotFound) as caught:
-            read(root, asked)
+            read(ImportRoot(root), asked)
         assert caught.value.message == f"there is no file {asked[:200]!r} under the import root"
 
 
@@ -85,7 +80,7 @@ def test_a_folder_that_becomes_a_link_while_it_is_opened_leads_nowhere(root: Pat
     try:
         for _ in range(3000):
             try:
-                seen.add(read(root, "a/file"))
+                seen.add(read(ImportRoot(root), "a/file"))
             except NotFound:
                 seen.add(None)
     finally:

@@ -15,6 +15,8 @@ from deltaserve.deltas.imports import ImportRoot
 from deltaserve.deltas.s3 import CLIENT
 from deltaserve.errors import BadRequest, NotFound, StoreUnavailable
 
+from ..support.imports import read
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -25,20 +27,14 @@ def put(url: str, key: str, data: bytes) -> None:
     obstore.put(S3Store.from_url(url, client_options=CLIENT), key, data)
 
 
-def read(root: str, asked: str) -> bytes:
-    with open_imports(root).open(asked) as file:
-        data = b"".join(file.pieces)
-    assert len(data) == file.num_bytes
-    return data
-
-
 def test_what_lies_under_the_prefix_is_read_by_its_key_or_its_url(s3_url: str) -> None:
     large = bytes(range(256)) * 2**16  # over one piece
     put(s3_url, "acme.safetensors", b"one")
     put(s3_url, "folder/large file", large)
     for root in (s3_url, f"{s3_url}/"):
-        assert read(root, "acme.safetensors") == read(root, f"{s3_url}/acme.safetensors") == b"one"
-        assert read(root, "folder/large file") == large
+        imports = open_imports(root)
+        assert read(imports, "acme.safetensors") == read(imports, f"{s3_url}/acme.safetensors") == b"one"
+        assert read(imports, "folder/large file") == large
 
 
 def test_whatever_leads_out_is_no_file(s3: Any, s3_url: str) -> None:
@@ -53,7 +49,7 @@ def test_whatever_leads_out_is_no_file(s3: Any, s3_url: str) -> None:
     ]  # fmt: skip
     for asked in attacks:
         with pytest.raises(NotFound) as caught:
-            read(s3_url, asked)
+            read(open_imports(s3_url), asked)
         assert caught.value.message == f"there is no file {asked[:200]!r} under the import root"
 
 

@@ -105,6 +105,21 @@ class RecordingRunner(Runner):
         return super()._results(chunks, logits)
 
 
+class Patience:
+    """Where requests wait: for `ready`, and not longer than WAIT_S since something `moved`."""
+
+    def __init__(self, ready: threading.Event) -> None:
+        self._ready = ready
+        self.moved()
+
+    def moved(self) -> None:
+        self._moved_s = time.monotonic()
+
+    def wait(self) -> None:
+        assert time.monotonic() - self._moved_s < WAIT_S, "nothing runs and nothing loads"
+        self._ready.wait(RETRY_S)
+
+
 class Rig:
     def __init__(
         self,
@@ -157,14 +172,13 @@ class Rig:
         """Adds `requests` and steps until nothing is left; → what each was answered."""
         for request in requests:
             self.scheduler.add(request)
-        moved_s = time.monotonic()
+        patience = Patience(self.ready)
         while len(self.scheduler):
             self.ready.clear()
             if self.step():
-                moved_s = time.monotonic()
-                continue
-            assert time.monotonic() - moved_s < WAIT_S, "nothing runs and nothing loads"
-            self.ready.wait(RETRY_S)
+                patience.moved()
+            else:
+                patience.wait()
         assert self.blocks.num_free == self.blocks.num_blocks
         return [self.answer(request) for request in requests]
 

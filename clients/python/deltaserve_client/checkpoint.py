@@ -18,7 +18,7 @@ from deltaserve_client.errors import ApiError, InvalidArgument
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterable
 
     from deltaserve_client.artifact import Progress
     from deltaserve_client.types import Compression, Json
@@ -80,11 +80,16 @@ def compress(name: str, directory: str | os.PathLike[str], options: Json, progre
     try:
         job: Compression = yield calls.create_compression({**told, "name": name, "files": files}, uuid.uuid4().hex)
     except ApiError as refusal:
-        for file_id in (*files, *(told[key] for key in texts)) if refusal.status < 500 else ():
-            with suppress(ApiError):
-                yield calls.delete_file(file_id)
+        if refusal.status < 500:  # or there may be a job that reads them
+            yield from _take_back([*files, *(told[key] for key in texts)])
         raise
     return job
+
+
+def _take_back(files: Iterable[str]) -> Generator[calls.Call[Any], Any, None]:
+    for file_id in files:
+        with suppress(ApiError):
+            yield calls.delete_file(file_id)
 
 
 def wait(job_id: str, progress: Callable[[Compression], None] | None) -> Steps:

@@ -27,6 +27,7 @@ from deltaserve.engine.types import Event, Request, Row, SamplingParams
 from deltaserve.errors import BadRequest, ContextLengthExceeded, DeltaServeError
 from deltaserve.ids import DeltaDigest, RequestId
 from deltaserve.tenants.migrations import DEFAULT_TENANT
+from deltaserve.tenants.models import Version
 
 T = TypeVar("T")
 Prompts = Callable[[Profile], list[list[int]]]
@@ -47,7 +48,7 @@ class Generation:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._leased: list[DeltaDigest] = []
         self._named: dict[str, DeltaDigest] = {}
-        self._weights: dict[DeltaDigest, int] = {}  # bytes on the device of what is leased
+        self._versions: dict[DeltaDigest, Version] = {}  # those that are leased
         self._digests: list[DeltaDigest | None] = []  # of the models that answer; None = the base
         self._live: dict[int, Request] = {}
         self._unfinished = 0  # requests whose last event has not come
@@ -182,7 +183,7 @@ class Generation:
             eos_ids |= profile.eos_ids  # any model of a mixture may end the answer
             if not profile.shares_vocabulary(self.profile):
                 raise BadRequest(f"{self._body.model!r} and {name!r} have different vocabularies", param="mixture")
-        self._meter.weigh({digest: self._weights[digest] for digest in self._digests if digest is not None})
+        self._meter.weigh(self._versions[digest] for digest in self._digests if digest is not None)
         self.prompts = prompts(self.profile)
         wanted = grammar(self.profile)
         compiled = wanted and services.grammars.compile(wanted, self.profile.tokenizer)
@@ -225,8 +226,7 @@ class Generation:
             self._leased.append(version.digest)
             self._services.sightings.ask(version.digest, caller.tenant.id, model.tenant_id)
             self._named[name] = version.digest
-            loaded = self._services.residency.resident_bytes(version.digest)
-            self._weights[version.digest] = loaded or version.summary["resident_bytes"]
+            self._versions[version.digest] = version
             self._billed[name] = model.called_by(caller)
         return self._named[name]
 

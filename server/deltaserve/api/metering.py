@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from fastapi import Request as HttpRequest
@@ -14,6 +14,7 @@ from deltaserve.errors import BadRequest
 from deltaserve.ids import DeltaDigest
 from deltaserve.tenants.accounts import Caller
 from deltaserve.tenants.limits import Limits
+from deltaserve.tenants.models import Version
 from deltaserve.tenants.usage import AMOUNTS
 
 
@@ -48,10 +49,14 @@ class Meter:
             raise BadRequest(f"this tenant may ask for {most} tokens an answer", param="max_tokens")
         return replace(params, max_tokens=most)
 
-    def weigh(self, weights: dict[DeltaDigest, int]) -> None:
-        """Bytes of the deltas that it needs on the device; where they are bounded, with what the tenant has pinned."""
-        if weights and self._limits.max_resident_bytes is not None:
-            self._weights = self._services.store.models.pinned_bytes(self.caller.tenant.id) | weights
+    def weigh(self, versions: Iterable[Version]) -> None:
+        """Bytes on the device, where they are bounded: of the versions that it needs, and of what the tenant pinned."""
+        if self._limits.max_resident_bytes is None:
+            return
+        loaded = self._services.residency.resident_bytes
+        needed = {v.digest: loaded(v.digest) or v.summary["resident_bytes"] for v in versions}
+        if needed:
+            self._weights = self._services.store.models.pinned_bytes(self.caller.tenant.id) | needed
 
     def begin(self, num_sequences: int, prompt_tokens: int, num_models: int) -> None:
         """Each of `num_models` of a mixture computes every token. Raises RateLimited, BadRequest, QuotaExceeded."""
