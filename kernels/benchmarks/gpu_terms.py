@@ -94,7 +94,7 @@ class Layers:
             FusedStep(self.kernels, Segments(), {0: bundle}),
         )
         return lambda: [
-            scratch.write(step.slots, 0, site, bundle.plans[site], weight)
+            scratch.write(step.tables.slots, 0, site, bundle.plans[site], weight)
             for site, weight in enumerate(self.weights)
             if bundle.plans[site].written
         ]
@@ -182,7 +182,7 @@ def check(kernels: FusedKernels, kind: str, shape: Shape) -> FusedTerm:
         raise SystemExit(f"{kind} {shape}: wrong by {found:.1e}; nothing is reported")
     if (plan := bundle.plans[0]).written:
         zero = torch.zeros(shape, device=kernels.device)
-        whole = Scratch(kernels, [shape], zero.dtype).write(step.slots, 0, 0, plan, zero)
+        whole = Scratch(kernels, [shape], zero.dtype).write(step.tables.slots, 0, 0, plan, zero)
         if not (found := error(whole.cpu(), term.decode().double())) < TOLERANCE:
             raise SystemExit(f"{kind} {shape}: written out, wrong by {found:.1e}; nothing is reported")
     return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,16 @@ def walsh_matrix(rows: Tensor, size: int) -> Tensor:
     return 1.0 - 2.0 * (parity & 1)
 
 
+@cache
+def _whole_matrix(size: int, dtype: torch.dtype, device: str) -> Tensor:
+    return walsh_matrix(torch.arange(size, device=device), size).to(dtype)
+
+
 def walsh_hadamard(x: Tensor) -> Tensor:
     """x [..., n], n a power of two → x · H in x's dtype, by factors of at most `BLOCK`: H of a·b is H_a ⊗ H_b."""
     size = x.shape[-1]
     block = min(size, BLOCK)
-    matrix = walsh_matrix(torch.arange(block, device=x.device), block).to(x.dtype)
+    matrix = _whole_matrix(block, x.dtype, str(x.device))
     y: Tensor = x.reshape(*x.shape[:-1], size // block, block) @ matrix
     if size > block:
         y = walsh_hadamard(y.mT).mT

@@ -62,6 +62,7 @@ from deltaserve.gauges import read_gauges
 from deltaserve.ids import DeltaDigest, RequestId
 from deltaserve.metrics import Metrics
 from deltaserve.model.load import load_model
+from deltaserve.model.recording import GraphLimits
 from deltaserve.model.served import ServedModel
 from deltaserve.settings import Settings
 from deltaserve.tenants.accounts import Accounts, Scope
@@ -108,6 +109,7 @@ def build_services(settings: Settings) -> Services:
         kernels=settings.kernels,
         quantization=settings.quantization,
         materialize_tokens=settings.materialize_tokens,
+        graphs=_graph_limits(settings),
     )
     max_model_len = _max_model_len(settings, model, num_blocks * settings.block_size)
     metrics = Metrics(settings.served_model_name or base.name)
@@ -316,6 +318,12 @@ async def _every(seconds: float, chore: Callable[[], None]) -> None:
 def _manifest(store: DeltaStore, digest: DeltaDigest) -> Manifest:
     with store.reading(digest) as path:
         return Artifact.open(path).manifest
+
+
+def _graph_limits(settings: Settings) -> GraphLimits | None:
+    if settings.cuda_graphs == "off":
+        return None
+    return GraphLimits(settings.max_num_seqs, settings.max_deltas, required=settings.cuda_graphs == "on")
 
 
 def _device(name: str) -> torch.device:

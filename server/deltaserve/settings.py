@@ -72,6 +72,9 @@ class Settings(BaseSettings):
         description="on a GPU: tokens of one delta in a step from which W + Δ is written out for them; auto: timed at "
         "start; 0: never",
     )
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        "auto", description="on a GPU: decode steps are recorded and replayed; on: or the server does not start"
+    )
     served_model_name: str | None = Field(None, description="id of the base in requests (default: its file name)")
     api_key: str | None = Field(
         None,

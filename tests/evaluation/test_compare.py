@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING
 
@@ -48,13 +49,13 @@ def run(tiny_base: Path, tuned: Path, rows: list[Row], tmp_path: Path) -> Callab
     base, finetuned = Checkpoint.open(tiny_base), Checkpoint.open(tuned)
     task = Task(rows, ["A delta is small."], 64, "exact", torch.float32, 16)
 
-    def compare_cells(cells: list[Cell], stop_at: Cell | None = None) -> Results:
+    def compare_cells(cells: list[Cell], stop_at: Cell | None = None, give_up_below: float = 0.0) -> Results:
         def step(name: str, _what: str, _done: int, _total: int) -> None:
             if name and name == str(stop_at):
                 raise KeyboardInterrupt
 
         results = Results.open(tmp_path / "comparison.jsonl", setup_of(base, finetuned, task))
-        compare(base, finetuned, task, cells, results, step=step)
+        compare(base, finetuned, task, cells, results, give_up_below=give_up_below, step=step)
         return results
 
     return compare_cells
@@ -148,6 +149,22 @@ def test_seeds_are_measured_where_they_matter(run: Callable[..., Results]) -> No
         seeds.setdefault(line.codec, []).append(line.seed)
     assert {codec: len(found) for codec, found in seeds.items()} == {"dare": 6, "delta-svd": 4}
     assert len({line.nats_per_token for line in results.measured if line.codec == "dare"}) == 6
+
+
+@pytest.mark.usefixtures("by_prefix")
+def test_a_codec_that_retains_too_little_is_not_measured_at_smaller_budgets(
+    run: Callable[..., Results], made: Making, tmp_path: Path
+) -> None:
+    cells = [Cell("delta-svd", 16, 0), Cell("delta-svd", 8, 0), Cell("delta-svd", 4, 0), Cell("delta-svd", 8, 1)]
+    run(cells[:1])
+    file = tmp_path / "comparison.jsonl"
+    lines = file.read_text().splitlines()
+    (last,) = (json.loads(line) for line in lines if '"result"' in line)
+    file.write_text("\n".join([*lines, json.dumps({**last, "budget": 8, "retained": 0.09})]) + "\n")
+    results = run(cells, give_up_below=0.1)
+    assert made == [("delta-svd", 0), ("delta-svd", 1)], "budget 4 is not tried, another seed is"
+    assert set(results.cells) == {cells[0], cells[1], cells[3]}
+    assert cells[2] in run(cells).cells, "without the option everything is measured"
 
 
 def test_a_fine_tune_that_changes_no_matrix_is_no_comparison(

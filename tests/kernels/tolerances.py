@@ -19,6 +19,9 @@ NATIVE_RELATIVE_RMS = {"exact": 2e-6, "split": 2e-5, "rounded": 8e-3}
 # is made of x before the product, projections on a book, what lies between factors; tables.
 FUSED_RELATIVE_RMS = {"exact": 1e-6, "rounded": 6e-4}
 
+# Attention against its definition in float32: shares of the context are rounded to the type of the values.
+ATTENTION_RELATIVE_RMS = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
+
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖ in float64."""

@@ -153,8 +153,9 @@ def advance(
         positions += range(done, done + count)
         slots += [text.slot] * count
     segments = Segments.of(slots)
-    step = Step(len(ids), segments, segments, deltas, spans, BLOCK)
-    logits = model.forward(step, torch.tensor(ids), torch.tensor(positions), torch.arange(len(ids)))
+    step = Step(len(ids), segments, segments, deltas, spans, BLOCK, model.device)
+    given = (torch.tensor(ids), torch.tensor(positions), torch.arange(len(ids)))
+    logits = model.forward(step, *(tensor.to(model.device) for tensor in given)).cpu()
     for (text, _), span in zip(chunks, spans, strict=True):
         text.logits += logits[span.start : span.stop].clone()
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 WORDS = 16
 UNIT = 16  # bytes: offsets count these, from the start of the delta's memory; 0: there is none
 IN_UNIT = 128  # columns
-KINDS = ("rescale", "variant", "codes", "gather", "grid", "patches")
+KINDS = ("rescale", "variant", "codes", "gather", "grid", "patches", "vector")
 TAGS = 32
 
 

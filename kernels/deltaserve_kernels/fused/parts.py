@@ -65,7 +65,7 @@ class BookForm:
 class FusedPart:
     """Tensors go into the delta's memory, under the names of the offsets that will point to them."""
 
-    kind: str  # codes, gather, grid, patches, rescale
+    kind: str  # codes, gather, grid, patches, rescale, vector
     rows: int
     about: int | BookForm = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -114,6 +114,16 @@ def rescale(rows: int, scale: float, factors: Tensor | None) -> FusedTerm:
     """y ← (y − b) · scale · factors [rows] + b, before anything is added."""
     part = FusedPart("rescale", rows, scale=scale, phase=0)
     return FusedTerm((part if factors is None else _row(part, factors),))
+
+
+def vector(values: Tensor) -> FusedTerm:
+    """values [n], which take the place of a module's: as bfloat16 where they are such numbers, as float32 otherwise."""
+    values = values.detach().float().contiguous()
+    short = values.bfloat16()
+    if torch.equal(short.float(), values):
+        words = F.pad(short, (0, len(short) % 2)).view(torch.int32)
+        return FusedTerm((FusedPart("vector", len(values), 0, {"values": words}, {"BITS": 16}),))
+    return FusedTerm((FusedPart("vector", len(values), 0, {"values": values.view(torch.int32)}, {"BITS": 32}),))
 
 
 def _parts(term: Term) -> list[FusedPart] | None:

@@ -28,18 +28,20 @@ from deltaserve_kernels.fused.bundle import Bundle, LaunchNumbers, SitePlan, mer
 from deltaserve_kernels.fused.compiles import expected
 from deltaserve_kernels.fused.fields import IN_UNIT, UNIT, Launch
 from deltaserve_kernels.fused.fused_rescale import rescale_kernel
+from deltaserve_kernels.fused.fused_vectors import vectors_kernel
 from deltaserve_kernels.fused.parts import LANES, BookForm, grid_padding
 from deltaserve_kernels.fused.slots import padded, superblock
+from deltaserve_kernels.fused.tables import ROWS_OF_A_SEGMENT, Tables
 from deltaserve_kernels.grouped_matmul.fused import grouped_matmul_kernel
 from deltaserve_kernels.grouped_matmul.fused_patches import patch_matmul_kernel
 from deltaserve_kernels.segments import Segments
 from deltaserve_kernels.sparse_matmul.fused import gather_matmul_kernel
 from deltaserve_kernels.terms import Rotation
 
-ROWS_OF_A_SEGMENT = 8  # activations that share a tile of decoded weights
 WEIGHT_ROWS, GATHER_ROWS, GRID_ROWS = 64, 128, 64  # of a tile
 WEIGHT_WARPS = 2  # too few for wgmma, whose fences cost more than they save at 8 columns
 PREP_BLOCK = 1024
+VECTOR_COLUMNS = 1024
 WIDTH = superblock(1, LANES)  # activations are padded to it
 PROGRAMS_PER_PROCESSOR = 4
 
@@ -88,7 +90,7 @@ class FusedKernels:
 
         Called where the delta is loaded, so that no step waits for a compiler. Thread-safe.
         """
-        step = FusedStep(self, Segments(), {0: bundle})
+        step = FusedStep(self, Segments(), {0: bundle}, 1)
         x, y = torch.zeros(2, 1, WIDTH, dtype=dtype, device=self.device)
         for plan in set(bundle.plans):
             with self._lock:
@@ -97,9 +99,16 @@ class FusedKernels:
             if not fresh:
                 continue
             with expected():
+                if any(launch.kind == "vector" for launch in fresh):
+                    step.vectors(bundle.plans.index(plan), x[0])
+                    continue
                 _SiteCall(step, 0, plan, x, y, None, WIDTH).run(fresh)
                 biased = [launch for launch in fresh if launch.kind == "rescale"]
                 _SiteCall(step, 0, plan, x, y, y[0], WIDTH).run(biased)
+
+    def places(self, bundles: Mapping[int, Bundle]) -> dict[int, int]:
+        """Where deltas lie, by slot."""
+        return {slot: self.pool.distance(bundle.memory) for slot, bundle in bundles.items()}
 
     def plan(self, site: int, mix: frozenset[int], bundles: Sequence[Bundle]) -> tuple[SitePlan, list[Launch]]:
         """What a mix of bundles with these numbers needs at a site, and its launches in order; remembered."""
@@ -119,37 +128,43 @@ class FusedUnavailable(Exception):
 class FusedStep:
     """The rows of one step, as the kernels read them; made once, for all layers."""
 
-    def __init__(self, kernels: FusedKernels, segments: Segments, bundles: Mapping[int, Bundle]) -> None:
-        """`bundles` by slot: of runs whose delta has one."""
+    def __init__(
+        self, kernels: FusedKernels, segments: Segments, bundles: Mapping[int, Bundle], num_rows: int | None = None
+    ) -> None:
+        """`bundles` by slot: of runs whose delta has one. `num_rows`, where `vectors` is asked for."""
+        rows = max((run.stop for run in segments.runs), default=0) if num_rows is None else num_rows
         self.kernels = kernels
-        self.bundles = list(bundles.values())
-        self._mix = frozenset(bundle.number for bundle in self.bundles)
-        runs = [run for run in segments.runs if run.slot in bundles]
-        rows = [(run.slot, row, 1) for run in runs for row in range(run.start, run.stop)]
-        tiles = [
-            (run.slot, start, min(ROWS_OF_A_SEGMENT, run.stop - start))
-            for run in runs
-            for start in range(run.start, run.stop, ROWS_OF_A_SEGMENT)
-        ]
-        places = [0] * (max(bundles, default=-1) + 1)
-        for slot, bundle in bundles.items():
-            places[slot] = kernels.pool.distance(bundle.memory)
-        self.slots = torch.tensor(places, dtype=torch.int64).to(kernels.device)
-        self.rows, self.tiles = (
-            torch.tensor([len(table), *(n for entry in table for n in entry)], dtype=torch.int32).to(kernels.device)
-            for table in (rows, tiles)
-        )
+        self.tables = Tables.of(segments, kernels.places(bundles), rows).to(kernels.device)
+        self._bundles = list(bundles.values())
+        self._mix = frozenset(bundle.number for bundle in self._bundles)
         self._input: tuple[Tensor, Activations] | None = None  # x, and what was made of it
+
+    def plan(self, site: int) -> tuple[SitePlan, Sequence[Launch]]:
+        """What is launched at a site."""
+        return self.kernels.plan(site, self._mix, self._bundles)
 
     def add(self, site: int, x: Tensor, y: Tensor, bias: Tensor | None = None, rows: int | None = None) -> None:
         """Adds to y [T, out], contiguous, what each row's delta adds at a site to x [..., in] of T rows; changes y.
 
         `rows`: those of the site's weight, where y has more columns."""
-        if not self.bundles:
-            return
-        plan, launches = self.kernels.plan(site, self._mix, self.bundles)
+        plan, launches = self.plan(site)
         if launches:
             _SiteCall(self, site, plan, x, y, bias, y.shape[1] if rows is None else rows).run(launches)
+
+    def replaces(self, site: int) -> bool:
+        """Has any delta a vector there?"""
+        return bool(self.plan(site)[1])
+
+    def vectors(self, site: int, own: Tensor) -> Tensor:
+        """[T, n] of own's dtype: what each row's delta has in the place of `own` [n], or that itself."""
+        (launch,) = self.plan(site)[1]
+        pool, tables, width = self.kernels.pool, self.tables, len(own)
+        out = own.new_empty(len(tables.row_slots), width)
+        vectors_kernel[(len(out), -(-width // VECTOR_COLUMNS))](
+            pool.word, pool.field, tables.slots, tables.row_slots, own, out,
+            site, self.kernels.numbers[launch], width, VECTOR_COLUMNS,
+        )  # fmt: skip
+        return out
 
     def linear(self, site: int, x: Tensor, taken: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The whole layer: x [..., in] of T rows → [..., out]. `taken`: x as the base's weight takes it."""
@@ -255,8 +270,9 @@ class _SiteCall:
     def _launch(self, launch: Launch, source: Activations, y: Tensor, *, each: bool = False) -> None:
         """Adds to y [T, n]."""
         pool, step, grid = self.pool, self.step, (self.programs,)
+        slots, rows, tiles, _ = step.tables
         height = self.plan.tallest if each else self.height
-        bytes_and_words = (pool.byte, pool.word, pool.float, pool.field, step.slots)
+        bytes_and_words = (pool.byte, pool.word, pool.float, pool.field, slots)
         activations = (source.values[0], source.exponents, y)
 
         def numbers(tile: int, width: int = source.width) -> tuple[int, ...]:
@@ -265,7 +281,7 @@ class _SiteCall:
         if launch.kind == "codes":
             stride = source.values.stride(0) // IN_UNIT
             grouped_matmul_kernel[grid](
-                pool.word, pool.value, pool.float, pool.field, step.slots, step.tiles,
+                pool.word, pool.value, pool.float, pool.field, slots, tiles,
                 source.values, source.sums, source.exponents, y,
                 *numbers(WEIGHT_ROWS, source.width // IN_UNIT), stride,
                 launch.about, each, LANES, ROWS_OF_A_SEGMENT, WEIGHT_ROWS, self.programs, num_warps=WEIGHT_WARPS,
@@ -279,7 +295,7 @@ class _SiteCall:
                 activations = (project(source.values[0, variant], form), source.exponents[variant], y)
             gather_matmul_kernel[grid](
                 *bytes_and_words,
-                step.rows,
+                rows,
                 *activations,
                 *numbers(GATHER_ROWS, width),
                 each,
@@ -290,20 +306,26 @@ class _SiteCall:
             length = int(str(launch.about))
             vector = grid_padding(length)
             grid_matmul_kernel[grid](
-                pool.byte, pool.value, pool.float, pool.field, step.slots, step.tiles,
+                pool.byte, pool.value, pool.float, pool.field, slots, tiles,
                 *activations, *numbers(GRID_ROWS),
                 each, length, vector, max(1, 32 // vector), ROWS_OF_A_SEGMENT, GRID_ROWS, self.programs,
             )  # fmt: skip
         else:
             size = int(str(launch.about))
             patch_matmul_kernel[grid](
-                *bytes_and_words, step.tiles, *activations, *numbers(size), size, ROWS_OF_A_SEGMENT, self.programs
+                *bytes_and_words,
+                step.tables.tiles,
+                *activations,
+                *numbers(size),
+                size,
+                ROWS_OF_A_SEGMENT,
+                self.programs,
             )
 
     def _rescale(self, launch: Launch) -> None:
         pool, step, bias = self.pool, self.step, self.y if self.bias is None else self.bias
         rescale_kernel[(self.programs,)](
-            pool.float, pool.field, step.slots, step.rows, bias, self.y,
+            pool.float, pool.field, step.tables.slots, step.tables.rows, bias, self.y,
             self.site, step.kernels.numbers[launch], -(-self.height // GATHER_ROWS), self.y.shape[1],
             self.bias is not None, GATHER_ROWS, self.programs,
         )  # fmt: skip
@@ -315,7 +337,7 @@ class _SiteCall:
             x = rotation.forward(x.float())
         made = self.activations
         variant_prep_kernel[(self.programs,)](
-            self.pool.word, self.pool.float, self.pool.field, step.slots, step.rows, x, made.values, made.sums,
-            made.exponents, self.site, step.kernels.numbers[launch], made.rows, x.shape[1], made.width,
-            made.values.stride(0), LANES, PREP_BLOCK, self.programs,
+            self.pool.word, self.pool.float, self.pool.field, step.tables.slots, step.tables.rows, x,
+            made.values, made.sums, made.exponents, self.site, step.kernels.numbers[launch], made.rows,
+            x.shape[1], made.width, made.values.stride(0), LANES, PREP_BLOCK, self.programs,
         )  # fmt: skip

@@ -43,7 +43,7 @@ def calibrated(scratch: Scratch, tokens: int = TOKENS) -> dict[str, int]:
         bundle = make_bundle([[(form, 1.0)]], scratch.kernels.numbers).to(device)
         step, plan = FusedStep(scratch.kernels, Segments.of([0] * tokens), {0: bundle}), bundle.plans[0]
         packed = _seconds(lambda step=step: step.add(0, x, y), device) / tokens  # type: ignore[misc]
-        write = _seconds(lambda step=step, plan=plan: scratch.write(step.slots, 0, 0, plan, weight), device)  # type: ignore[misc]
+        write = _seconds(lambda step=step, plan=plan: scratch.write(step.tables.slots, 0, 0, plan, weight), device)  # type: ignore[misc]
         found[kind] = math.ceil((write + read) / packed)
     return found
 

@@ -48,7 +48,7 @@ class Scratch:
         step = FusedStep(self.kernels, Segments(), {0: make_bundle([[]], self.kernels.numbers).to(self.kernels.device)})
         smallest = min(self.matrices.values(), key=lambda matrix: matrix.nbytes)
         with expected():
-            self.write(step.slots, 0, 0, SitePlan(reach=1), smallest)
+            self.write(step.tables.slots, 0, 0, SitePlan(reach=1), smallest)
 
     def write(self, slots: Tensor, slot: int, site: int, plan: SitePlan, weight: Tensor) -> Tensor:
         """→ W + Δ [out, in] of the delta in `slot`, valid until the next `write` of this shape. `slots`: a step's."""
@@ -73,8 +73,10 @@ class Scratch:
 class LongRuns(FusedStep):
     """A step whose runs may be long; `add` is that of a FusedStep, for all of them."""
 
-    def __init__(self, scratch: Scratch, segments: Segments, bundles: Mapping[int, Bundle]) -> None:
-        super().__init__(scratch.kernels, segments, bundles)
+    def __init__(
+        self, scratch: Scratch, segments: Segments, bundles: Mapping[int, Bundle], num_rows: int | None = None
+    ) -> None:
+        super().__init__(scratch.kernels, segments, bundles, num_rows)
         self._scratch, self._segments, self._by_slot = scratch, segments, bundles
         self._others: dict[frozenset[int], FusedStep] = {frozenset(): self}
 
@@ -88,7 +90,7 @@ class LongRuns(FusedStep):
             if start < run.start:
                 pieces.append(F.linear(base[start : run.start], weight, bias))
             plan = self._by_slot[run.slot].plans[site]
-            whole = self._scratch.write(self.slots, run.slot, site, plan, weight)
+            whole = self._scratch.write(self.tables.slots, run.slot, site, plan, weight)
             pieces.append(F.linear(rows[run.start : run.stop], whole, bias))
             start = run.stop
         if start < len(rows):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deltaserve.cli import console
-from deltaserve.cli.arguments import whole
+from deltaserve.cli.arguments import between, whole
 from deltaserve.cli.console import progress_bar, write
 from deltaserve.errors import BadRequest, CheckpointError
 
@@ -55,6 +55,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--codecs", metavar="NAME,NAME,…", type=_names, help="default: all")
     parser.add_argument("--seeds", metavar="N", type=whole(1), default=1, help="of codecs that draw at random")
+    parser.add_argument(
+        "--give-up-below",
+        metavar="SHARE",
+        type=between(0, 1),
+        default=0.0,
+        help="a codec that retains less at one budget is not measured at smaller ones (default: measure all)",
+    )
     parser.add_argument("--general", metavar="FILE", default="builtin", help=general)
     parser.add_argument(
         "--calibration",
@@ -144,7 +151,16 @@ def compare(args: argparse.Namespace) -> int:
             def step(name: str, what: str, done: int, total: int) -> None:
                 progress(f"{name}: {what}" if name else "", done, total)
 
-            fill(base, finetuned, task, cells, results, calibration=args.calibration, step=step)
+            fill(
+                base,
+                finetuned,
+                task,
+                cells,
+                results,
+                calibration=args.calibration,
+                give_up_below=args.give_up_below,
+                step=step,
+            )
     finally:  # an interruption leaves a report too, of what there is
         written = _write_report(results, picture=not args.no_plot) if results.cells else []
     _write_table(results)

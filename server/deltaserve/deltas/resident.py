@@ -51,12 +51,13 @@ class ResidentLayer:
 @dataclass(frozen=True, eq=False)
 class ResidentDelta:
     """Layers by the name of the weight they add to, overrides by the name of the tensor they replace; in `bundle` what
-    the fused kernels read, which is then in no layer. Immutable, and equal to itself alone."""
+    the fused kernels read, which is then in neither. Immutable, and equal to itself alone."""
 
     layers: Mapping[str, ResidentLayer]
     overrides: Mapping[str, Override]
     unties_head: bool = False  # the fine-tune has a head of its own where the base shares the embedding
     bundle: Bundle | None = None
+    fits_bundle: bool = False  # all that it does between embedding and head
 
     @classmethod
     def load(cls, artifact: Artifact, serve: Serve = for_torch) -> ResidentDelta:
@@ -78,11 +79,11 @@ class ResidentDelta:
         """On `device`; itself where it is there already."""
         if torch.device(device).type == "cpu":
             return self
-        return ResidentDelta(
-            {name: layer.to(device) for name, layer in self.layers.items()},
-            {name: override.to(device) for name, override in self.overrides.items()},
-            self.unties_head,
-            None if self.bundle is None else self.bundle.to(device),
+        return replace(
+            self,
+            layers={name: layer.to(device) for name, layer in self.layers.items()},
+            overrides={name: override.to(device) for name, override in self.overrides.items()},
+            bundle=None if self.bundle is None else self.bundle.to(device),
         )
 
     @cached_property

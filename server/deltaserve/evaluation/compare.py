@@ -73,11 +73,13 @@ def compare(
     results: Results,
     *,
     calibration: str = "builtin",
+    give_up_below: float = 0.0,
     step: Step = lambda *_: None,
 ) -> None:
     """Measures the cells that `results` does not hold yet. Raises CheckpointError, TemplateError.
 
-    `calibration`: "builtin" or a JSON-lines file, for codecs that are calibrated.
+    `calibration`: "builtin" or a JSON-lines file, for codecs that are calibrated. `give_up_below`: a codec that
+    retained a smaller share at some budget is not measured at smaller ones; nothing is written of those.
     """
     wanted = [cell for cell in cells if not results.has(cell)]
     if not wanted:
@@ -100,7 +102,7 @@ def compare(
         results.add(Reference(kind="base", **asdict(alone)))
     bench = _Bench(base, finetuned, judge, reference.exact_match, calibration, results.directory)
     for done, cell in enumerate(wanted, 2):
-        if not _is_unseeded(cell, results):
+        if not _is_unseeded(cell, results) and not _has_given_up(cell, results, give_up_below):
             results.add(bench.measure(cell, functools.partial(_advance, step, str(cell), done, total)))
     step("", "", total, total)
 
@@ -217,3 +219,14 @@ def _is_unseeded(cell: Cell, results: Results) -> bool:
     if cell.seed < 2 or not isinstance(first, Result) or not isinstance(second, Result):
         return False
     return (first.hits, first.nats_per_token) == (second.hits, second.nats_per_token)
+
+
+def _has_given_up(cell: Cell, results: Results, share: float) -> bool:
+    """Has the codec retained less than `share` at a larger budget?"""
+    larger = (
+        one
+        for one in results.cells.values()
+        if isinstance(one, Result) and (one.codec, one.seed) == (cell.codec, cell.seed)
+        if one.budget is not None and cell.budget is not None and one.budget > cell.budget
+    )
+    return any(one.retained is not None and one.retained < share for one in larger)

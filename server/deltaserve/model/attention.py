@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from deltaserve_kernels.paged_attention.fused import PagedAttention
 
 NAME = "deltaserve_paged"
 
@@ -43,43 +47,56 @@ class AttentionBatch:
     """Where the step's tokens write, and what they read."""
 
     write_slots: Tensor  # int64 [T]
-    decode_rows: Tensor  # int64 [B]: rows that are the only query of their sequence
-    decode_kv_slots: Tensor  # int64 [B, longest context], padded with slots of the same row
-    decode_lengths: Tensor  # int64 [B]: context length, the row itself included
-    prefills: list[Prefill]
+    decode_rows: Tensor | None  # int64 [B]: rows that are the only query of their sequence; None: all rows
+    decode_tables: Tensor  # int32 [B, blocks]: of their sequences, padded with the first block
+    decode_lengths: Tensor  # int32 [B]: context length, the row itself included
+    longest: int  # of them
+    block_size: int
+    prefills: Sequence[Prefill] = ()
     masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)  # of this step, shared by the layers
 
     @classmethod
-    def of(cls, spans: Sequence[Span], block_size: int, device: torch.device) -> AttentionBatch:
+    def of(cls, spans: Sequence[Span], block_size: int, device: torch.device | str) -> AttentionBatch:
         write: list[int] = []
-        decode_rows: list[int] = []
-        contexts: list[list[int]] = []
+        decoding: list[Span] = []
         prefills: list[Prefill] = []
         for span in spans:
-            blocks = span.blocks[: -(-span.length // block_size)]
-            slots = [block * block_size + i for block in blocks for i in range(block_size)][: span.length]
-            write += slots[span.length - (span.stop - span.start) :]
+            first = span.length - (span.stop - span.start)
+            write += [span.blocks[at // block_size] * block_size + at % block_size for at in range(first, span.length)]
             if span.stop - span.start == 1:
-                decode_rows.append(span.start)
-                contexts.append(slots)
+                decoding.append(span)
             else:
-                prefills.append(Prefill(span.start, span.stop, torch.tensor(slots, device=device)))
-        longest = max(map(len, contexts), default=0)
-        # Padded with a slot of its own: what is masked must not be another request's, whose NaN would show through.
-        padded = [context + context[:1] * (longest - len(context)) for context in contexts]
+                blocks = torch.tensor(span.blocks[: -(-span.length // block_size)], device=device)
+                slots = (blocks[:, None] * block_size + torch.arange(block_size, device=device)).flatten()
+                prefills.append(Prefill(span.start, span.stop, slots[: span.length]))
+        tables = [span.blocks[: -(-span.length // block_size)] for span in decoding]
+        width = max(map(len, tables), default=0)
+        # Padded with a block of its own: what is masked must not be another request's, whose NaN would show through.
+        padded = [[*table, *[table[0]] * (width - len(table))] for table in tables]
+        rows = torch.tensor([span.start for span in decoding], dtype=torch.int64, device=device) if prefills else None
         return cls(
-            write_slots=torch.tensor(write, device=device),
-            decode_rows=torch.tensor(decode_rows, dtype=torch.int64, device=device),
-            decode_kv_slots=torch.tensor(padded, dtype=torch.int64, device=device),
-            decode_lengths=torch.tensor([len(context) for context in contexts], dtype=torch.int64, device=device),
+            write_slots=torch.tensor(write, dtype=torch.int64, device=device),
+            decode_rows=rows,
+            decode_tables=torch.tensor(padded, dtype=torch.int32, device=device).view(len(padded), width),
+            decode_lengths=torch.tensor([span.length for span in decoding], dtype=torch.int32, device=device),
+            longest=max((span.length for span in decoding), default=0),
+            block_size=block_size,
             prefills=prefills,
         )
+
+    @cached_property
+    def decode_kv_slots(self) -> Tensor:
+        """int64 [B, longest context], padded with the first of the same row"""
+        position = torch.arange(self.longest, device=self.decode_tables.device)
+        blocks = self.decode_tables[:, position // self.block_size].long()
+        slots = blocks * self.block_size + position % self.block_size
+        return torch.where(position < self.decode_lengths[:, None], slots, slots[:, :1])
 
     def decode_mask(self, window: int | None) -> Tensor:
         """bool [B, 1, 1, longest context]"""
         key = (window, -1)
         if key not in self.masks:
-            position = torch.arange(self.decode_kv_slots.shape[1], device=self.decode_lengths.device)
+            position = torch.arange(self.longest, device=self.decode_lengths.device)
             lengths = self.decode_lengths[:, None]
             visible = position < lengths
             if window is not None:
@@ -151,9 +168,10 @@ def capped_attention(
 
 class _Context(Protocol):
     cache: KvCache
+    paged: PagedAttention | None  # Triton's
 
     @property
-    def current(self) -> Any: ...
+    def batch(self) -> AttentionBatch: ...
 
 
 def make_attention(context: _Context) -> Callable[..., tuple[Tensor, None]]:
@@ -173,23 +191,32 @@ def make_attention(context: _Context) -> Callable[..., tuple[Tensor, None]]:
         **_options: Any,
     ) -> tuple[Tensor, None]:
         is_plain = softcap is None and s_aux is None
-        batch: AttentionBatch = context.current.attention
+        batch = context.batch
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, size]
         keys, values = context.cache.layer(int(module.layer_idx), k, v)  # type: ignore[arg-type]
         keys.index_copy_(0, batch.write_slots, k)
         values.index_copy_(0, batch.write_slots, v)
-        out = torch.empty_like(q[..., : v.shape[-1]])
-        if len(batch.decode_rows):
-            mask = batch.decode_mask(sliding_window)
-            k, v = (x[batch.decode_kv_slots].transpose(1, 2) for x in (keys, values))  # [B, kv heads, L, size]
-            grouped = q[batch.decode_rows].view(
-                len(batch.decode_rows), k.shape[1], -1, q.shape[-1]
-            )  # [B, kv heads, group, size]
-            if is_plain:
-                answer = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scaling)
+        out = torch.empty_like(q[..., : v.shape[-1]], memory_format=torch.contiguous_format)
+        if len(batch.decode_lengths):
+            own = q if batch.decode_rows is None else q[batch.decode_rows]
+            if context.paged is not None and context.paged.fits(keys, values):
+                tables, lengths = batch.decode_tables, batch.decode_lengths
+                scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+                answer = context.paged(
+                    own, keys, values, tables, lengths, scale, window=sliding_window, softcap=softcap, sinks=s_aux
+                )
             else:
-                answer = capped_attention(grouped[..., None, :], k, v, mask[..., None, :], scaling, softcap, s_aux)
-            out[batch.decode_rows] = answer.reshape(len(answer), -1, v.shape[-1])
+                mask = batch.decode_mask(sliding_window)
+                k, v = (x[batch.decode_kv_slots].transpose(1, 2) for x in (keys, values))  # [B, kv heads, L, size]
+                grouped = own.reshape(len(own), k.shape[1], -1, q.shape[-1])  # [B, kv heads, group, size]
+                if is_plain:
+                    answer = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scaling)
+                else:
+                    answer = capped_attention(grouped[..., None, :], k, v, mask[..., None, :], scaling, softcap, s_aux)
+                answer = answer.reshape(len(answer), -1, v.shape[-1])
+            if batch.decode_rows is None:
+                return answer[None], None
+            out[batch.decode_rows] = answer
         for index, prefill in enumerate(batch.prefills):
             mask = batch.prefill_mask(index, sliding_window)
             k, v = (x[prefill.kv_slots].transpose(0, 1) for x in (keys, values))  # [kv heads, L, size]

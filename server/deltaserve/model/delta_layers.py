@@ -26,7 +26,7 @@ from deltaserve_kernels.native.parts import Part
 from deltaserve_kernels.native.site import apply_part
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from deltaserve_kernels.segments import Segment
 
@@ -60,7 +60,8 @@ def add_layer(x: Tensor, y: Tensor, layer: ResidentLayer, bias: Tensor | None) -
 
 
 class DeltaLinear(nn.Module):
-    """y = x·Wᵀ + b, and the terms of each run's delta. `name` is the module's, weight and bias its tensors'."""
+    """y = x·Wᵀ + b, and the terms of each run's delta. `name` is the module's, weight and bias its tensors'; `site` is
+    the weight's number, the bias has the next."""
 
     def __init__(self, base: nn.Linear, name: str, site: int, context: StepContext) -> None:
         super().__init__()
@@ -80,6 +81,9 @@ class DeltaLinear(nn.Module):
         else:
             y = F.linear(taken, self.weight, self.bias)
         rows, out = x.flatten(0, -2), y.flatten(0, -2)  # views
+        if fused is not None and fused.replaces(self._site + 1):
+            own = self.weight.new_zeros(self.out_features) if self.bias is None else self.bias
+            out += fused.vectors(self._site + 1, own) - own
         assert len(rows) == step.num_rows, f"{self._weight_name}: {len(rows)} rows in a step of {step.num_rows}"
         for run in step.segments.runs:
             self._add(rows[run.start : run.stop], out[run.start : run.stop], step.delta(run))
@@ -133,7 +137,7 @@ class DeltaHead(nn.Module):
         self.weight = base.weight
         self.bias = base.bias
         self._site = site
-        self._weight_name, self._bias_name = f"{name}.weight", f"{name}.bias"
+        self.weight_name, self._bias_name = f"{name}.weight", f"{name}.bias"
         self._embedding_name = f"{embedding_name}.weight"
         self._tied = tied
         self._context = [context]
@@ -145,7 +149,7 @@ class DeltaHead(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         step = self._context[0].current
-        y = F.linear(base_input(x, self._weight_name, step, step.head_segments.runs), self.weight, self.bias)
+        y = F.linear(base_input(x, self.weight_name, step, step.head_segments.runs), self.weight, self.bias)
         runs = [(run, step.delta(run)) for run in step.head_segments.runs]
         overrides = [delta.overrides.get(self._override_name(delta)) for _, delta in runs]
         if (widest := widest_vocabulary(y.shape[1], overrides)) > y.shape[1]:
@@ -158,14 +162,14 @@ class DeltaHead(nn.Module):
             fused.add(self._site, x, y, self.bias, rows=len(self.weight))
         for run, delta in runs:
             own, out = x[run.start : run.stop], y[run.start : run.stop]
-            if (layer := delta.layers.get(self._weight_name)) is not None:
+            if (layer := delta.layers.get(self.weight_name)) is not None:
                 add_layer(own, out[:, : len(self.weight)], layer, self.bias)
         if widest > len(self.weight):
             self._context[0].absent = y == -torch.inf
         return y
 
     def _override_name(self, delta: ResidentDelta) -> str:
-        return head_override_name(delta, self._tied, self._embedding_name, self._weight_name)
+        return head_override_name(delta, self._tied, self._embedding_name, self.weight_name)
 
 
 class DeltaEmbedding(nn.Module):
@@ -194,37 +198,63 @@ class DeltaEmbedding(nn.Module):
 
 
 class DeltaModule(nn.Module):
-    """Any other module with weights that works row by row, such as a norm: run again with the tenant's tensors."""
+    """Any other module with weights that works row by row, such as a norm: run again with the tenant's tensors, or once
+    with a vector for each row where it takes those."""
 
     def __init__(self, base: nn.Module, name: str, axis: int, context: StepContext) -> None:
         super().__init__()
         self.base = base
         self._axis = axis
         self._tensors = {f"{name}.{local}": local for local, _ in base.named_parameters(recurse=False)}
+        self.vector_sites: dict[str, int] = {}  # numbers of its tensors, by their local names
         for local, parameter in base.named_parameters(recurse=False):
             setattr(self, local, parameter)  # models look at the type of a norm's weight
         self._context = [context]
 
     def forward(self, x: Tensor) -> Tensor:
         """x with the T rows of the step along the axis that was named: [1, T, …], [T, …] or [1, heads, T, …]."""
-        y: Tensor = self.base(x)
-        step, axis = self._context[0].current, self._axis
+        step, axis, fused = self._context[0].current, self._axis, self._context[0].fused
         assert x.shape[axis] == step.num_rows, f"{next(iter(self._tensors))}: {tuple(x.shape)} in {step.num_rows} rows"
+        if fused is not None and self.vector_sites:
+            replaced = [(local, site) for local, site in self.vector_sites.items() if fused.replaces(site)]
+            if vectors := {local: fused.vectors(site, getattr(self, local)) for local, site in replaced}:
+                return self._with_vectors(vectors, x)
+        y: Tensor = self.base(x)
         for run in step.segments.runs:
-            delta = step.delta(run)
-            if any(name in delta.overrides for name in self._tensors):
+            overrides = step.delta(run).overrides
+            tensors = {local: overrides[name] for name, local in self._tensors.items() if name in overrides}
+            if tensors:
+                own = {local: it.apply(getattr(self, local)).to(x.dtype) for local, it in tensors.items()}
                 rows = (slice(None),) * axis + (slice(run.start, run.stop),)
-                y[rows] = self._with_tensors(delta, x[rows])
+                y[rows] = self._with_tensors(own, x[rows])
         return y
 
-    def _with_tensors(self, delta: ResidentDelta, x: Tensor) -> Tensor:
+    def takes_vectors(self) -> bool:
+        """Does it give the same with a vector for each row?"""
+        vectors = [getattr(self, local) for local in self._tensors.values()]
+        if self._axis > 2 or len({len(vector) for vector in vectors}) != 1:
+            return False
+        rows, size = 3, len(vectors[0])
+        x = torch.linspace(-1, 1, rows * size, dtype=vectors[0].dtype, device=vectors[0].device)
+        x = x.view(*(1,) * self._axis, rows, size)
+        given = {local: getattr(self, local).expand(rows, size) for local in self._tensors.values()}
+        try:
+            return torch.equal(self._with_vectors(given, x), self.base(x))
+        except RuntimeError:
+            return False
+
+    def _with_vectors(self, vectors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """`vectors`: [T, n] each."""
+        shape = [1] * x.dim()
+        shape[self._axis], shape[-1] = x.shape[self._axis], -1
+        return self._with_tensors({local: vector.view(shape) for local, vector in vectors.items()}, x)
+
+    def _with_tensors(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The base module's own arithmetic, with other weights for the time of one call."""
         parameters = self.base._parameters
         kept = dict(parameters)
         try:
-            for name, local in self._tensors.items():
-                if (override := delta.overrides.get(name)) is not None:
-                    parameters[local] = override.apply(kept[local]).to(x.dtype)  # type: ignore[assignment]
+            parameters.update(tensors)  # type: ignore[arg-type]
             result: Tensor = self.base(x)
             return result
         finally:

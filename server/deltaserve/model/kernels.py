@@ -21,8 +21,10 @@ from deltaserve_kernels.terms import Term
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from deltaserve.model.recording import GraphLimits
     from deltaserve_kernels.fused.site import FusedKernels, FusedStep
     from deltaserve_kernels.materialize.site import Scratch
+    from deltaserve_kernels.paged_attention.fused import PagedAttention
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,9 @@ def fused_step(kernels: FusedKernels, step: Step, segments: Segments, scratch: S
 
     bundles = {run.slot: step.delta(run).bundle for run in segments.runs}
     present = {slot: bundle for slot, bundle in bundles.items() if bundle is not None}
-    return FusedStep(kernels, segments, present) if scratch is None else LongRuns(scratch, segments, present)
+    if scratch is None:
+        return FusedStep(kernels, segments, present, step.num_rows)
+    return LongRuns(scratch, segments, present, step.num_rows)
 
 
 def check_materialize(tokens: int | Literal["auto"], fused: FusedKernels | None, *, quantised: bool) -> None:
@@ -98,6 +102,23 @@ def check_materialize(tokens: int | Literal["auto"], fused: FusedKernels | None,
     else:
         return
     raise BadRequest(f"--materialize-tokens {tokens}: {reason}")
+
+
+def check_graphs(limits: GraphLimits | None, fused: FusedKernels | None) -> GraphLimits | None:
+    """None where nothing is recorded. Raises BadRequest where it must be and cannot."""
+    if limits is None:
+        return None
+    if fused is not None and (fused.device.type == "cuda" or limits.record is not None):
+        return limits
+    if limits.required:
+        raise BadRequest("--cuda-graphs on: they need Triton's kernels on a GPU")
+    return None
+
+
+def paged_kernel(positions: int, block_size: int) -> PagedAttention:
+    from deltaserve_kernels.paged_attention.fused import PagedAttention
+
+    return PagedAttention(positions, block_size)
 
 
 def make_scratch(

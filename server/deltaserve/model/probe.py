@@ -7,7 +7,7 @@ not known here shows at start, and not in an answer.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NUM_TOKENS = 13  # no model has as many heads: the axis of this length is the one of the tokens
 CUTS = (0, 4, 11, 12, NUM_TOKENS)  # a prompt in three chunks, the last of one token, and a decode step
+DECODES = (0, *range(CUTS[1], NUM_TOKENS + 1))  # a prompt, and decode steps
 TOLERANCE = {torch.float32: 1e-3}  # of a row's logits, relative
 COARSE = 0.1  # in any other type: attention differs in its roundings
 
@@ -56,11 +57,12 @@ class Reference:
             logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
         return cls(ids, logits, axes)
 
-    def check(self, model: ServedModel, block_size: int) -> None:
-        """Raises CheckpointError where `model`, the whole KV cache free, does not answer the same."""
+    def check(self, model: ServedModel, block_size: int, cuts: Sequence[int] = CUTS) -> None:
+        """Raises CheckpointError where `model`, the whole KV cache free, does not answer the same; `cuts`: rows at
+        which steps begin and end."""
         refusal = "this architecture cannot be served"
         try:
-            answered = torch.cat(list(self._answers(model, block_size)))
+            answered = torch.cat(list(self._answers(model, block_size, cuts)))
         except Exception as error:
             raise CheckpointError(f"{refusal}: {type(error).__name__}: {error}") from error
         distance = (answered - self.logits).norm(dim=-1) / self.logits.norm(dim=-1)
@@ -72,9 +74,9 @@ class Reference:
                 f"{refusal}: it answers otherwise than in transformers (relative error of the logits {kept:.1e})"
             )
 
-    def _answers(self, model: ServedModel, block_size: int) -> Iterator[Tensor]:
+    def _answers(self, model: ServedModel, block_size: int, cuts: Sequence[int]) -> Iterator[Tensor]:
         blocks = range(-(-NUM_TOKENS // block_size))
-        for start, stop in itertools.pairwise(CUTS):
+        for start, stop in itertools.pairwise(cuts):
             own = torch.arange(stop - start, device=model.device)
             base = Segments.of([-1] * len(own))
             step = Step(len(own), base, base, (), [Span(0, len(own), stop, blocks)], block_size, model.device)

@@ -16,6 +16,7 @@ from deltaserve_kernels.segments import Segment, Segments
 
 if TYPE_CHECKING:
     from deltaserve_kernels.fused.site import FusedStep
+    from deltaserve_kernels.paged_attention.fused import PagedAttention
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class StepContext:
     """The one mutable thing that the layers share: the step that runs, and the KV cache."""
 
     cache: KvCache
+    paged: PagedAttention | None = None  # Triton's kernel, where it serves
     step: Step | None = field(default=None)
+    attention: AttentionBatch | None = field(default=None)
     fused: FusedStep | None = field(default=None)  # what Triton's kernels read of the step's rows
     fused_head: FusedStep | None = field(default=None)  # … of the rows whose logits are asked for
     absent: Tensor | None = field(default=None)  # bool, of the logits: tokens that a row's model lacks
@@ -72,3 +75,8 @@ class StepContext:
     def current(self) -> Step:
         assert self.step is not None, "a layer was called outside a step"
         return self.step
+
+    @property
+    def batch(self) -> AttentionBatch:
+        """The step's, built when the first layer reads it; a recorded step's is given."""
+        return self.current.attention if self.attention is None else self.attention

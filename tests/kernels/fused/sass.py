@@ -24,12 +24,14 @@ from triton.compiler import ASTSource
 from deltaserve_kernels.activation_prep.fused import activation_prep_kernel, variant_prep_kernel
 from deltaserve_kernels.codebook_matmul.fused import grid_matmul_kernel
 from deltaserve_kernels.fused.fused_rescale import rescale_kernel
+from deltaserve_kernels.fused.fused_vectors import vectors_kernel
 from deltaserve_kernels.fused.parts import LANES
 from deltaserve_kernels.fused.site import (
     GATHER_ROWS,
     GRID_ROWS,
     PREP_BLOCK,
     ROWS_OF_A_SEGMENT,
+    VECTOR_COLUMNS,
     WEIGHT_ROWS,
     WEIGHT_WARPS,
 )
@@ -37,6 +39,13 @@ from deltaserve_kernels.grouped_matmul.fused import grouped_matmul_kernel
 from deltaserve_kernels.grouped_matmul.fused_patches import patch_matmul_kernel
 from deltaserve_kernels.materialize.fused import materialize_kernel
 from deltaserve_kernels.materialize.site import COLS, RANKS, ROWS, WARPS
+from deltaserve_kernels.paged_attention.fused import (
+    GROUP_ROWS,
+    paged_attention_kernel,
+    paged_sum_kernel,
+    tile_positions,
+)
+from deltaserve_kernels.paged_attention.fused import WARPS as ATTENTION_WARPS
 from deltaserve_kernels.sparse_matmul.fused import gather_matmul_kernel
 
 TARGETS = (80, 90)
@@ -51,6 +60,13 @@ CODES = {"EACH": False, "LANES": LANES, "M": ROWS_OF_A_SEGMENT, "N": WEIGHT_ROWS
 PREP = {"LANES": LANES, "BLOCK": PREP_BLOCK}
 GRID = {"EACH": False, "PADDED": 8, "SEGMENTS": 4, "M": ROWS_OF_A_SEGMENT, "N": GRID_ROWS, "PROGRAMS": 528}
 WRITE = {"LANES": LANES, "N": ROWS, "C": COLS, "R": RANKS}
+SIZES = {"HEADS": 32, "SIZE_V": 128, "DV": 128, "PART": 256}
+ATTENTION = SIZES | {"KV_HEADS": 8, "SIZE": 128, "D": 128, "G": GROUP_ROWS, "N": tile_positions(128, 128), "BLOCK": 16}
+ATTENTION |= {"CAPPED": False, "WIDEN": False}
+SUM = SIZES | {"SINKS": False}
+BFLOAT16 = {"q": "*bf16", "keys": "*bf16", "values": "*bf16", "y": "*bf16", "sinks": "*bf16"}
+BFLOAT16 |= {"tables": "*i32", "lengths": "*i32", "partial": "*fp32", "peaks": "*fp32", "sums": "*fp32"}
+BFLOAT16 |= {"scaling": "fp32", "softcap": "fp32"}
 KERNELS: dict[str, tuple[Any, dict[str, Any], int, dict[str, str]]] = {  # name → kernel, constants, warps, other types
     "codes": (grouped_matmul_kernel, CODES | {"GROUP": 0}, WEIGHT_WARPS, {}),
     "codes g128": (grouped_matmul_kernel, CODES | {"GROUP": 128}, WEIGHT_WARPS, {}),
@@ -62,6 +78,15 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], int, dict[str, str]]] = {  # name 
     "variants": (variant_prep_kernel, PREP | {"PROGRAMS": 528}, 4, {"x": "*bf16"}),
     "materialize": (materialize_kernel, WRITE | {"PHASE": 1}, WARPS, {"out": "*bf16"}),
     "materialize factors": (materialize_kernel, WRITE | {"PHASE": 3}, WARPS, {"out": "*fp32"}),
+    "attention": (paged_attention_kernel, ATTENTION, ATTENTION_WARPS, BFLOAT16),
+    "attention, large heads": (
+        paged_attention_kernel,
+        ATTENTION | {"SIZE": 256, "SIZE_V": 256, "D": 256, "DV": 256, "N": tile_positions(256, 256)},
+        ATTENTION_WARPS,
+        BFLOAT16,
+    ),
+    "attention sum": (paged_sum_kernel, SUM, 1, BFLOAT16),
+    "vectors": (vectors_kernel, {"N": VECTOR_COLUMNS}, 4, {"row_slots": "*i32", "own": "*bf16", "out": "*bf16"}),
     "rescale": (rescale_kernel, {"BIAS": True, "N": GATHER_ROWS, "PROGRAMS": 528}, 4, {}),
 }
 

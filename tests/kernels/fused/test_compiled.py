@@ -15,7 +15,7 @@ from deltaserve_kernels.fused.parts import LANES
 from deltaserve_kernels.fused.site import WEIGHT_ROWS, WEIGHT_WARPS
 
 KERNELS = ["codes", "codes g128", "factors", "gather", "grid", "patches", "prep", "variants", "rescale"]
-KERNELS += ["materialize", "materialize factors"]
+KERNELS += ["materialize", "materialize factors", "attention", "attention, large heads", "attention sum", "vectors"]
 BUDGETS = {"codes": {1: 1.1, 2: 1.3, 4: 1.6}, "codes g128": {1: 1.4, 2: 1.55, 4: 1.9}}  # instructions for a weight
 PRODUCTS = {1: 64, 2: 32, 4: 16}  # of m16n8k16 in a superblock and warp of 32 rows, by bits
 COPIED = "LDGSTS.E.BYPASS.128"  # 16 bytes of codes into shared memory, past the first cache
@@ -50,6 +50,14 @@ def test_instructions_for_a_weight(found: dict[str, Any], name: str, bits: int, 
     assert _count(loop, COPIED) == 4, "codes come 16 bytes at a time"
     assert _count(loop, "STS") <= 4, "weights do not pass through shared memory"
     assert not _count(loop, "I2F"), "no weight is converted"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", ["attention", "attention, large heads"])
+def test_keys_and_values_come_16_bytes_at_a_time(found: dict[str, Any], name: str, target: str) -> None:
+    (loop,) = found[f"{name} {target}"]["loops"]
+    assert _count(loop, COPIED) == 8, "tiles of K and V of 32 positions × 128, or 16 × 256"
+    assert not _count(loop, "LDG.E"), "and nothing in smaller pieces"
 
 
 def _count(loop: dict[str, int], name: str) -> int:

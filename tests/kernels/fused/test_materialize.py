@@ -36,7 +36,7 @@ def bundle_of(kernels: FusedKernels, *terms: tuple[Term, float], packed: tuple[i
 def written(kernels: FusedKernels, bundle: Bundle, weight: Tensor) -> Tensor:
     scratch = Scratch(kernels, [tuple(weight.shape)], weight.dtype)
     step = FusedStep(kernels, Segments.of([3]), {3: bundle})
-    return scratch.write(step.slots, 3, SITE, bundle.plans[SITE], weight.to(kernels.device)).cpu()
+    return scratch.write(step.tables.slots, 3, SITE, bundle.plans[SITE], weight.to(kernels.device)).cpu()
 
 
 @pytest.mark.parametrize("name", WRITTEN)
