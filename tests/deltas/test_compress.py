@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltaserve.codecs.registry import make_codec
-from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.deltas.checkpoint import SUMMED_AT_ONCE, Checkpoint, non_finite
 from deltaserve.deltas.compress import compress
 from deltaserve.errors import CheckpointError
 
@@ -83,6 +83,16 @@ def test_a_number_that_is_not_finite_is_named(
     files.tensors(tuned, lambda tensors: tensors[name].view(-1)[5:6].fill_(value))
     message = refusal(workshop, tiny_base, tuned)
     assert message.startswith(f"{name}: ") and said in message.replace("and 1", "1")
+
+
+def test_a_large_tensor_is_looked_through_in_pieces() -> None:
+    """Whole in float64 an embedding would be gigabytes."""
+    tensor = torch.zeros(3, SUMMED_AT_ONCE // 2, dtype=torch.bfloat16)
+    assert non_finite(tensor) is None
+    tensor.fill_(3e38)  # their sum is finite in float64 alone
+    assert non_finite(tensor) is None
+    tensor[2, -1], tensor[0, 0] = torch.nan, torch.inf
+    assert non_finite(tensor) == f"1 NaN and 1 infinite entries of {tensor.numel()}"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +231,7 @@ import resource, sys
 import torch
 from pathlib import Path
 from deltaserve.codecs.registry import make_codec
-from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.deltas.checkpoint import SUMMED_AT_ONCE, Checkpoint, non_finite
 from deltaserve.deltas.compress import compress
 from deltaserve.deltas.restore import restore
 torch.set_num_threads(1)
