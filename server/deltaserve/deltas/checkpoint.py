@@ -135,7 +135,8 @@ def non_finite(tensor: Tensor) -> str | None:
     """What is wrong with it, or None: floating tensors may hold neither NaN nor inf."""
     if not tensor.is_floating_point():
         return None
-    parts = tensor.flatten().split(SUMMED_AT_ONCE)  # views: a whole embedding in float64 is gigabytes  # type: ignore[no-untyped-call]
+    # In pieces: a whole embedding in float64 is gigabytes.
+    parts = tensor.flatten().split(SUMMED_AT_ONCE)  # type: ignore[no-untyped-call]
     if all(bool(torch.isfinite(part.sum(dtype=torch.float64))) for part in parts):
         return None
     nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16))  # rows of a recording, at most what is allowed
+Key: TypeAlias = tuple[int, bool]  # rows, and whether there are deltas
 MOST_KNOWN = 2**14  # bundles that are remembered as covered
 
 
@@ -43,7 +44,6 @@ class _RecordedStep(FusedStep):
         self.kernels, self.tables = kernels, tables
         self._input = None
         self._plans = [(plan, sorted(plan.launches, key=lambda launch: launch.order)) for plan in plans]
-        self.has_launches = any(plan.launches for plan in plans)
 
     def plan(self, site: int) -> tuple[SitePlan, Sequence[Any]]:
         return self._plans[site]
@@ -133,8 +133,9 @@ class DecodeGraphs:
         self._no_plans = (SitePlan(),) * num_sites
         self._union = self._no_plans  # what the deltas seen so far need
         self._known: set[int] = set()  # bundles that it covers
-        self._recordings: dict[tuple[int, bool], Recording] = {}  # by rows, and whether there are deltas
-        self._prepared: tuple[int, _RecordedStep] | None = None
+        self._steps: dict[Key, _RecordedStep] = {}
+        self._recordings: dict[Key, Recording] = {}
+        self._prepared: Key | None = None
         self.work = True
         self._body.forward = self._forward
 
@@ -153,9 +154,8 @@ class DecodeGraphs:
         self._buffers.fill(batch, tables, self._unused_slot)
         self._positions[: step.num_rows].copy_(positions)
         size = self._sizes[bisect_left(self._sizes, step.num_rows)]
-        fused = _RecordedStep(self._kernels, self._tables(size), self._union if bundles else self._no_plans)
-        self._prepared = size, fused
-        return fused
+        self._prepared = size, bool(bundles)
+        return self._step(self._prepared)
 
     def end(self) -> None:
         self._prepared = None
@@ -165,7 +165,7 @@ class DecodeGraphs:
         for size in self._sizes:
             nobody = AttentionBatch.of((), self._block_size, "cpu"), Tables.of(Segments(), {}, 0)
             self._buffers.fill(*nobody, self._unused_slot)
-            self._recording(size, _RecordedStep(self._kernels, self._tables(size), self._no_plans))
+            self._recording((size, False))
 
     def _cover(self, bundles: Iterable[Bundle]) -> None:
         """Sees to it that the union covers them. Drops the recordings with deltas where it grows."""
@@ -175,14 +175,20 @@ class DecodeGraphs:
         union = tuple(merged([own, *(bundle.plans[site] for bundle in new)]) for site, own in enumerate(self._union))
         if union != self._union:
             self._union = union
-            self._recordings = {key: kept for key, kept in self._recordings.items() if not key[1]}
+            for made in (self._recordings, self._steps):
+                for key in [key for key in made if key[1]]:
+                    del made[key]
         if len(self._known) > MOST_KNOWN:
             self._known.clear()
         self._known.update(bundle.number for bundle in new)
 
-    def _tables(self, size: int) -> Tables:
-        views = self._buffers.device
-        return Tables(views["slots"], views["rows"], views["tiles"], views["row_slots"][:size])
+    def _step(self, key: Key) -> _RecordedStep:
+        if key not in self._steps:
+            size, has_deltas = key
+            views = self._buffers.device
+            tables = Tables(views["slots"], views["rows"], views["tiles"], views["row_slots"][:size])
+            self._steps[key] = _RecordedStep(self._kernels, tables, self._union if has_deltas else self._no_plans)
+        return self._steps[key]
 
     def _forward(self, *given: Any, **named: Any) -> Any:
         if self._prepared is None:
@@ -192,17 +198,17 @@ class DecodeGraphs:
         embeddings = self._embed(named["input_ids"])  # [1, T, D]
         rows = embeddings.shape[1]
         self._embeddings[:, :rows].copy_(embeddings)
-        recording = self._recording(*self._prepared)
+        recording = self._recording(self._prepared)
         recording.replay()
         return BaseModelOutputWithPast(last_hidden_state=recording.output[:, :rows])
 
-    def _recording(self, size: int, fused: _RecordedStep) -> Recording:
-        key = size, fused.has_launches
+    def _recording(self, key: Key) -> Recording:
         if key not in self._recordings:
-            self._recordings[key] = self._recorded(size, fused)
+            self._recordings[key] = self._recorded(key)
         return self._recordings[key]
 
-    def _recorded(self, size: int, fused: _RecordedStep) -> Recording:
+    def _recorded(self, key: Key) -> Recording:
+        size, has_deltas = key
         context, views = self._context, self._buffers.device
         kept = context.step, context.attention, context.fused
         context.step = Step(size, Segments(), Segments(), (), (), self._block_size, self._kernels.device)
@@ -214,7 +220,7 @@ class DecodeGraphs:
             longest=0,
             block_size=self._block_size,
         )
-        context.fused = fused
+        context.fused = self._step(key)
 
         def run() -> Tensor:
             inputs = {"inputs_embeds": self._embeddings[:, :size], "position_ids": self._positions[None, :size]}
@@ -222,7 +228,7 @@ class DecodeGraphs:
             return output
 
         try:
-            logger.info("recording a decode step of %d rows%s", size, " with deltas" if fused.has_launches else "")
+            logger.info("recording a decode step of %d rows%s", size, " with deltas" if has_deltas else "")
             return self._record(run)
         except Exception as error:
             self.work = False
