@@ -323,7 +323,8 @@ def _manifest(store: DeltaStore, digest: DeltaDigest) -> Manifest:
 def _graph_limits(settings: Settings) -> GraphLimits | None:
     if settings.cuda_graphs == "off":
         return None
-    return GraphLimits(settings.max_num_seqs, settings.max_deltas, required=settings.cuda_graphs == "on")
+    positions = settings.max_model_len or LONGEST_DEFAULT
+    return GraphLimits(settings.max_num_seqs, settings.max_deltas, positions, required=settings.cuda_graphs == "on")
 
 
 def _device(name: str) -> torch.device:

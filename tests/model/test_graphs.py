@@ -6,15 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers import Gemma2Config, GPTNeoXConfig, MixtralConfig, OPTConfig, Qwen3Config
 
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.errors import BadRequest, CheckpointError
+from deltaserve.model.attention import Span
 from deltaserve.model.load import load_model
 from deltaserve.model.recording import GraphLimits, Record, Recording
+from deltaserve.model.step_buffers import StepBuffers
 from deltaserve.model.transformers_model import TransformersModel
+from deltaserve_kernels.fused.tables import Tables
+from deltaserve_kernels.segments import Segments
 
 from ..support import tape
-from .native_bases import BLOCK, Text, advance, relative_rms
+from .native_bases import BLOCK, Text, advance, relative_rms, save
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,17 +46,17 @@ class Recorder:
 
     def __call__(self, run: Any) -> Recording:
         self.recordings += 1
-        output, replay = self._record(run)
+        recording = self._record(run)
 
         def counted() -> None:
             self.replays += 1
-            replay()
+            recording.replay()
 
-        return Recording(output, counted)
+        return recording._replace(replay=counted)
 
 
 def load(base: Path, record: Record | None = None, **more: Any) -> TransformersModel:
-    limits = None if record is None else GraphLimits(ROWS, SLOTS, record=record, **more)
+    limits = None if record is None else GraphLimits(ROWS, SLOTS, 256, record=record, **more)
     model = load_model(
         Checkpoint.open(base),
         device=DEVICE,
@@ -175,7 +180,7 @@ def test_what_is_not_in_the_bundle_runs_kernel_by_kernel(towns: dict[str, Any]) 
     pair.decode([0, 1])
     assert pair.recorder.replays == replays
     pair.decode([1])
-    assert pair.recorder.replays == replays + 1
+    assert pair.recorder.replays > replays
     pair.check()
 
 
@@ -186,6 +191,68 @@ def test_more_rows_than_are_recorded_and_prompts_run_kernel_by_kernel(pair: Pair
     pair.begin(-1)
     pair.check()
     assert pair.recorder.replays == replays
+
+
+def test_a_sequence_longer_than_allowed_runs_kernel_by_kernel(pair: Pair) -> None:
+    pair.models[0].graphs._longest = 3
+    pair.begin(-1)
+    replays = pair.recorder.replays
+    pair.decode([0])
+    assert pair.recorder.replays == replays + 1
+    pair.decode([0])
+    pair.check()
+    assert pair.recorder.replays == replays + 1
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
+OTHERS: dict[str, Any] = {
+    "layers within layers": OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=16, max_position_embeddings=64),
+    "tokens by position": GPTNeoXConfig(**SMALL, intermediate_size=48, max_position_embeddings=64),
+    "norms of heads": Qwen3Config(**SMALL, intermediate_size=48, num_key_value_heads=1, head_dim=16),
+    "caps and windows": Gemma2Config(
+        **SMALL, intermediate_size=48, num_key_value_heads=1, head_dim=16, sliding_window=4
+    ),
+    "experts": MixtralConfig(**SMALL, intermediate_size=48, num_key_value_heads=1, num_local_experts=2),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_are_replayed_or_said_not_to_be(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = Pair(save(OTHERS[kind], tmp_path / "base"))
+    replays = pair.recorder.replays
+    pair.begin(-1, -1, -1)
+    for _ in range(3):
+        pair.decode([0, 1, 2])
+    pair.check()
+    is_recorded = pair.models[0].runtime["decode"] == "graphs"
+    assert pair.recorder.replays == replays + 3 * is_recorded
+    assert is_recorded or "all steps run kernel by kernel, slower" in caplog.text
+    assert is_recorded or kind == "experts"
+
+
+def test_blocks_of_a_row_are_those_of_its_sequence() -> None:
+    """Written once: what is added to a list, and another list in its place."""
+    buffers = StepBuffers(rows=3, slots=2, blocks=5, device=torch.device("cpu"))
+
+    def filled(*sequences: tuple[int, list[int]]) -> list[list[int]]:
+        spans = [Span(row, row + 1, length, own) for row, (length, own) in enumerate(sequences)]
+        buffers.fill(spans, 4, Tables.of(Segments(), {}, len(spans)), unused_slot=99)
+        views = buffers.device
+        assert views["lengths"].tolist() == [*(length for length, _ in sequences), *[0] * (3 - len(spans))]
+        at = [own[(length - 1) // 4] * 4 + (length - 1) % 4 for length, own in sequences]
+        assert views["write_slots"].tolist() == [*at, *[99] * (3 - len(spans))]
+        return [views["blocks"][row, : -(-length // 4)].tolist() for row, (length, _) in enumerate(sequences)]
+
+    first, second = [7, 3], [1]
+    assert filled((5, first), (4, second)) == [[7, 3], [1]]
+    first.append(9)
+    assert filled((9, first), (4, second)) == [[7, 3, 9], [1]]
+    assert filled((4, second), (10, first)) == [[1], [7, 3, 9]]
+    first = [2, 4, 6]  # it was evicted, and came back elsewhere
+    assert filled((4, second), (11, first)) == [[1], [2, 4, 6]]
+    assert filled((11, first)) == [[2, 4, 6]]
 
 
 class Failing:
@@ -210,11 +277,11 @@ def test_a_model_that_cannot_be_recorded_runs_or_is_refused(tiny_base: Path, cap
 
 def test_recordings_that_answer_otherwise_are_not_used(tiny_base: Path, caplog: pytest.LogCaptureFixture) -> None:
     def wrong(run: Any) -> Recording:
-        output, replay = tape.record(run)
-        return Recording(output.roll(1, -1), replay)
+        recording = tape.record(run)
+        return recording._replace(output=recording.output.roll(1, -1))
 
     assert load(tiny_base, wrong).runtime["decode"] == "kernel by kernel"
-    assert "it answers otherwise than in transformers" in caplog.text
+    assert "a recorded decode step answers otherwise than one that runs" in caplog.text
 
 
 def test_a_recording_that_fails_later_costs_no_request(towns: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
@@ -225,8 +292,8 @@ def test_a_recording_that_fails_later_costs_no_request(towns: dict[str, Any], ca
     for model, text in zip(models, texts, strict=True):
         advance(model, [(text, 1)], [model.load_delta(artifacts(towns, "tied")["sign"])])
     assert relative_rms(texts[0].stacked, texts[1].stacked) < SAME
-    assert "from now on all steps run kernel by kernel" in caplog.text
-    assert models[0].runtime["decode"] == "kernel by kernel"
+    assert "such steps run kernel by kernel" in caplog.text
+    assert models[0].runtime["decode"] == "graphs", "the base's are not lost for that"
 
 
 def test_graphs_without_a_gpu_are_refused_where_they_are_asked_for(tiny_base: Path) -> None:
@@ -236,7 +303,7 @@ def test_graphs_without_a_gpu_are_refused_where_they_are_asked_for(tiny_base: Pa
             device=torch.device("cpu"),
             dtype=None,
             kv_slots=64,
-            graphs=GraphLimits(4, 4, required=True),
+            graphs=GraphLimits(4, 4, 64, required=True),
         )
 
 
@@ -267,7 +334,8 @@ class TestTape:
             kept.add_(y)
             return y.sum()
 
-        output, replay = tape.record(run)
+        first, output, replay = tape.record(run)
+        assert first == 9
         x.fill_(5)
         kept.zero_()
         replay()

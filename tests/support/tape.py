@@ -74,7 +74,7 @@ def rewrite(old: list[Tensor], new: list[Any]) -> None:
 def record(run: Callable[[], Tensor]) -> Recording:
     """As `model.recording.cuda_recorder()` does: runs once to warm up, once on record. A replay begins with NaN in all
     that it makes."""
-    run()
+    first = run().clone()
     recorder = _Recorder()
     with pytest.MonkeyPatch.context() as patch:
 
@@ -94,4 +94,4 @@ def record(run: Callable[[], Tensor]) -> Recording:
         for step in recorder.work:
             step()
 
-    return Recording(output, replay)
+    return Recording(first, output, replay)

@@ -29,7 +29,7 @@ def _visible(lengths, b, window):
 
 @triton.jit(
     do_not_specialize=["width", "window", "parts"],
-    do_not_specialize_on_alignment=["tables", "lengths"],
+    do_not_specialize_on_alignment=["tables", "lengths", "peaks", "sums"],
 )
 def paged_attention_kernel(
     q, keys, values, tables, lengths, partial, peaks, sums, width, window, parts, scaling, softcap,
@@ -87,7 +87,7 @@ def paged_attention_kernel(
         tl.store(partial + to[:, None] * SIZE_V + dv[None, :], sum_v, mask=known[:, None] & (dv < SIZE_V)[None, :])
 
 
-@triton.jit(do_not_specialize=["window", "parts"], do_not_specialize_on_alignment=["lengths"])
+@triton.jit(do_not_specialize=["window", "parts"], do_not_specialize_on_alignment=["lengths", "peaks", "sums", "sinks"])
 def paged_sum_kernel(
     partial, peaks, sums, lengths, sinks, y, window, parts,
     HEADS: tl.constexpr, SIZE_V: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr, SINKS: tl.constexpr,

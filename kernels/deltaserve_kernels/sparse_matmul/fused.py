@@ -41,7 +41,10 @@ def load_entries(packed, row, known, bits, EIGHTH: tl.constexpr):
     return entry
 
 
-@triton.jit(do_not_specialize=["site", "key", "rows", "tiles", "width", "y_stride"])
+@triton.jit(
+    do_not_specialize=["site", "key", "rows", "tiles", "width", "y_stride"],
+    do_not_specialize_on_alignment=["exponents"],
+)
 def gather_matmul_kernel(
     pool_byte, pool_word, pool_float, pool_field, slots, segments, source, exponents, y,
     site, key, rows, tiles, width, y_stride,

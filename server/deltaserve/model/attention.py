@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 NAME = "deltaserve_paged"
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Rows [start, stop) are the last positions of a sequence of `length` tokens, whose KV lies in `blocks`."""
 
     start: int
@@ -134,6 +133,10 @@ class KvCache:
                 value.new_zeros(self.num_slots, *value.shape[1:]),
             )
         return self._layers[index]
+
+    def fits(self, kernel: PagedAttention | None) -> bool:
+        """Are all layers such as the kernel reads?"""
+        return kernel is not None and all(kernel.fits(*layer) for layer in self._layers.values())
 
     @property
     def num_layers(self) -> int:

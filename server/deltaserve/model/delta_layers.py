@@ -82,7 +82,7 @@ class DeltaLinear(nn.Module):
             y = F.linear(taken, self.weight, self.bias)
         rows, out = x.flatten(0, -2), y.flatten(0, -2)  # views
         if fused is not None and fused.replaces(self._site + 1):
-            own = self.weight.new_zeros(self.out_features) if self.bias is None else self.bias
+            own = y.new_zeros(self.out_features) if self.bias is None else self.bias  # the weight may be quantised
             out += fused.vectors(self._site + 1, own) - own
         assert len(rows) == step.num_rows, f"{self._weight_name}: {len(rows)} rows in a step of {step.num_rows}"
         for run in step.segments.runs:

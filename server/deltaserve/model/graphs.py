@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from deltaserve.deltas.resident import ResidentDelta
 from deltaserve.model.attention import AttentionBatch
 from deltaserve.model.delta_layers import DeltaEmbedding
-from deltaserve.model.recording import GraphLimits, Recording, RecordingFailed, cuda_recorder
+from deltaserve.model.recording import GraphLimits, Recording, RecordingFailed, cuda_recorder, refusing_waits
 from deltaserve.model.step import Step, StepContext
+from deltaserve.model.step_buffers import StepBuffers
 from deltaserve_kernels.fused.bundle import Bundle, SitePlan, merged
 from deltaserve_kernels.fused.site import FusedKernels, FusedStep
 from deltaserve_kernels.fused.tables import Tables
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16))  # rows of a recording, at most what is allowed
+TOLERANCE = 0.02  # of a replay, relative: products may be chosen otherwise
 Key: TypeAlias = tuple[int, bool]  # rows, and whether there are deltas
 MOST_KNOWN = 2**14  # bundles that are remembered as covered
 
@@ -49,62 +52,11 @@ class _RecordedStep(FusedStep):
         return self._plans[site]
 
 
-class _Buffers:
-    """What recordings read, at fixed places; `host` is written first, and all of a type copied at once."""
-
-    def __init__(self, limits: GraphLimits, blocks: int, device: torch.device) -> None:
-        rows = limits.rows
-        self._shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "write_slots": (torch.int64, (rows,)),
-            "slots": (torch.int64, (limits.slots,)),
-            "lengths": (torch.int32, (rows,)),
-            "row_slots": (torch.int32, (rows,)),
-            "rows": (torch.int32, (1 + 3 * rows,)),
-            "tiles": (torch.int32, (1 + 3 * rows,)),
-            "blocks": (torch.int32, (rows, blocks)),
-        }
-        self._host = {kind: self._flat(kind, torch.device("cpu"), device) for kind in (torch.int64, torch.int32)}
-        self._device = {kind: self._flat(kind, device, device) for kind in self._host}
-        self.host, self.device = self._views(self._host), self._views(self._device)
-
-    def _flat(self, kind: torch.dtype, where: torch.device, device: torch.device) -> Tensor:
-        size = sum(_aligned(shape) for own, shape in self._shapes.values() if own == kind)
-        pinned = where.type == "cpu" and device.type == "cuda"
-        return torch.zeros(size, dtype=kind, device=where, pin_memory=pinned)
-
-    def _views(self, flat: Mapping[torch.dtype, Tensor]) -> dict[str, Tensor]:
-        starts, views = dict.fromkeys(flat, 0), {}
-        for name, (kind, shape) in self._shapes.items():
-            views[name] = flat[kind][starts[kind] :][: torch.Size(shape).numel()].view(shape)
-            starts[kind] += _aligned(shape)
-        return views
-
-    def fill(self, batch: AttentionBatch, tables: Tables, unused_slot: int) -> None:
-        """Rows that the step lacks write to `unused_slot` and read nothing."""
-        rows = len(batch.decode_lengths)
-        for name, values, rest in (
-            ("write_slots", batch.write_slots, unused_slot),
-            ("lengths", batch.decode_lengths, 0),
-            ("row_slots", tables.row_slots, -1),
-        ):
-            self.host[name][:rows] = values
-            self.host[name][rows:] = rest
-        for name, values in (("slots", tables.slots), ("rows", tables.rows), ("tiles", tables.tiles)):
-            self.host[name][: len(values)] = values
-        self.host["blocks"][:rows, : batch.decode_tables.shape[1]] = batch.decode_tables
-        for kind, host in self._host.items():
-            self._device[kind].copy_(host)  # ends before the next step writes to `host`
-
-
-def _aligned(shape: tuple[int, ...]) -> int:
-    """Numbers that a tensor takes, so that the next begins on 16 bytes."""
-    return -(-torch.Size(shape).numel() // 4) * 4
-
-
 class DecodeGraphs:
     """Stands before the layers of a model: a step that was prepared is replayed, any other runs as ever.
 
-    `blocks`: of the longest sequence; `unused_slot`: of the KV cache, which belongs to nobody.
+    `unused_slot`: of the KV cache, which belongs to nobody; `long_runs`: rows of one
+    delta from which its weights are written out, which is not recorded.
     """
 
     def __init__(
@@ -117,67 +69,92 @@ class DecodeGraphs:
         *,
         num_sites: int,
         block_size: int,
-        blocks: int,
         unused_slot: int,
+        long_runs: int | None = None,
     ) -> None:
-        self._context, self._kernels, self._limits = context, kernels, limits
-        self._block_size, self._unused_slot = block_size, unused_slot
+        self._context, self._kernels, self._long_runs = context, kernels, long_runs
+        self._block_size, self._unused_slot, self._longest = block_size, unused_slot, limits.positions
         self._record = limits.record or cuda_recorder()
-        self._sizes = [*(size for size in SIZES if size < limits.rows), min(limits.rows, SIZES[-1])]
-        self._body = model.base_model
-        self._run_body, self._embed = self._body.forward, embedding
-        device, width = kernels.device, embedding.embedding_dim
-        self._buffers = _Buffers(limits, blocks, device)
-        self._embeddings = torch.zeros(1, limits.rows, width, dtype=model.dtype, device=device)
-        self._positions = torch.zeros(limits.rows, dtype=torch.int64, device=device)
+        self._sizes: list[int] = [*(size for size in SIZES if size < limits.rows), min(limits.rows, SIZES[-1])]
+        device, rows = kernels.device, self._sizes[-1]
+        self._buffers = StepBuffers(rows, limits.slots, -(-limits.positions // block_size), device)
+        width = embedding.embedding_dim
+        self._embeddings = torch.arange(rows * width, device=device).cos().view(1, rows, width).to(model.dtype)
+        self._positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self._no_plans = (SitePlan(),) * num_sites
-        self._union = self._no_plans  # what the deltas seen so far need
+        self._union = self._no_plans  # what recordings with deltas launch
         self._known: set[int] = set()  # bundles that it covers
         self._steps: dict[Key, _RecordedStep] = {}
         self._recordings: dict[Key, Recording] = {}
+        self._refused: set[Key] = set()
         self._prepared: Key | None = None
+        self._output: Callable[..., Any] = dict  # the type of what the layers answer
+        self.replays = 0
         self.work = True
-        self._body.forward = self._forward
+        self._layers = model.get_decoder()  # type: ignore[no-untyped-call]
+        self._run_layers, self._embed = self._layers.forward, embedding
+        self._layers.forward = self._forward
 
     def prepare(self, step: Step, positions: Tensor) -> FusedStep | None:
         """Writes down what a replay reads, for the next pass; None: this step is not replayed.
 
         `positions` int64 [T]."""
+        size = self._size(step)
         deltas = {run.slot: step.delta(run) for run in step.segments.runs}
-        decodes = len(step.spans) == step.num_rows <= self._sizes[-1]
-        if not (self.work and decodes and all(delta.fits_bundle for delta in deltas.values())):
+        if size is None or not all(delta.fits_bundle for delta in deltas.values()):
             return None
         bundles = {slot: delta.bundle for slot, delta in deltas.items() if delta.bundle is not None}
-        self._cover(bundles.values())
+        self._cover(bundles.values(), step.deltas)
+        key = size, bool(bundles)
+        if key in self._refused:
+            return None
         tables = Tables.of(step.segments, self._kernels.places(bundles), step.num_rows)
-        batch = AttentionBatch.of(step.spans, step.block_size, "cpu")
-        self._buffers.fill(batch, tables, self._unused_slot)
+        self._buffers.fill(step.spans, step.block_size, tables, self._unused_slot)
         self._positions[: step.num_rows].copy_(positions)
-        size = self._sizes[bisect_left(self._sizes, step.num_rows)]
-        self._prepared = size, bool(bundles)
-        return self._step(self._prepared)
+        self._prepared = key
+        return self._step(key)
+
+    def _size(self, step: Step) -> int | None:
+        """Rows of the recording that serves the step."""
+        if not self.work or not len(step.spans) == step.num_rows <= self._sizes[-1]:
+            return None
+        if any(span.length > self._longest for span in step.spans):
+            return None
+        if self._long_runs and any(run.stop - run.start >= self._long_runs for run in step.segments.runs):
+            return None
+        return self._sizes[bisect_left(self._sizes, step.num_rows)]
 
     def end(self) -> None:
         self._prepared = None
 
     def record_all(self) -> None:
-        """The base's recordings, of every size. Raises RecordingFailed."""
-        for size in self._sizes:
-            nobody = AttentionBatch.of((), self._block_size, "cpu"), Tables.of(Segments(), {}, 0)
-            self._buffers.fill(*nobody, self._unused_slot)
-            self._recording((size, False))
+        """The base's recordings, of every size, the largest first: the others find room in its memory. Raises
+        RecordingFailed."""
+        if not self._context.cache.fits(self._context.paged):
+            raise RecordingFailed("a decode step cannot be recorded: its heads are too large for Triton's kernel")
+        self._buffers.fill((), self._block_size, Tables.of(Segments(), {}, 0), self._unused_slot)
+        with refusing_waits(self._kernels.device):
+            for size in reversed(self._sizes):
+                self._recordings[size, False] = self._recorded((size, False))
+        for recording in self._recordings.values():
+            self._verify(recording)
 
-    def _cover(self, bundles: Iterable[Bundle]) -> None:
-        """Sees to it that the union covers them. Drops the recordings with deltas where it grows."""
+    def _cover(self, bundles: Iterable[Bundle], resident: Sequence[ResidentDelta | None]) -> None:
+        """Sees to it that the union covers them. Where it grows, recordings with deltas are dropped, and what only
+        deltas that are gone needed, once it is half of all."""
         new = [bundle for bundle in bundles if bundle.number not in self._known]
         if not new:
             return
-        union = tuple(merged([own, *(bundle.plans[site] for bundle in new)]) for site, own in enumerate(self._union))
-        if union != self._union:
-            self._union = union
+        grown = _together([self._union, *(bundle.plans for bundle in new)])
+        if grown != self._union:
+            present = [delta.bundle for delta in resident if delta is not None and delta.bundle is not None]
+            needed = _together([bundle.plans for bundle in present])
+            self._union = needed if 2 * _launches(needed) <= _launches(grown) else grown
+            self._known = {bundle.number for bundle in present}
             for made in (self._recordings, self._steps):
                 for key in [key for key in made if key[1]]:
                     del made[key]
+            self._refused.clear()
         if len(self._known) > MOST_KNOWN:
             self._known.clear()
         self._known.update(bundle.number for bundle in new)
@@ -192,20 +169,26 @@ class DecodeGraphs:
 
     def _forward(self, *given: Any, **named: Any) -> Any:
         if self._prepared is None:
-            return self._run_body(*given, **named)
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        embeddings = self._embed(named["input_ids"])  # [1, T, D]
+            return self._run_layers(*given, **named)
+        embeddings = self._embed(named["input_ids"] if "input_ids" in named else given[0])  # [1, T, D]
         rows = embeddings.shape[1]
         self._embeddings[:, :rows].copy_(embeddings)
-        recording = self._recording(self._prepared)
+        if self._prepared not in self._recordings:
+            self._recordings[self._prepared] = self._new(self._prepared)
+        recording = self._recordings[self._prepared]
         recording.replay()
-        return BaseModelOutputWithPast(last_hidden_state=recording.output[:, :rows])
+        self.replays += 1
+        return self._output(last_hidden_state=recording.output[:, :rows])
 
-    def _recording(self, key: Key) -> Recording:
-        if key not in self._recordings:
-            self._recordings[key] = self._recorded(key)
-        return self._recordings[key]
+    def _new(self, key: Key) -> Recording:
+        """Of a step that is served. Raises RecordingFailed, once for a key and union."""
+        try:
+            recording = self._recorded(key)
+            self._verify(recording)
+            return recording
+        except RecordingFailed:
+            self._refused.add(key)
+            raise
 
     def _recorded(self, key: Key) -> Recording:
         size, has_deltas = key
@@ -224,14 +207,34 @@ class DecodeGraphs:
 
         def run() -> Tensor:
             inputs = {"inputs_embeds": self._embeddings[:, :size], "position_ids": self._positions[None, :size]}
-            output: Tensor = self._run_body(**inputs, use_cache=False).last_hidden_state
-            return output
+            answer = self._run_layers(**inputs, use_cache=False)
+            self._output = type(answer)
+            hidden: Tensor = answer.last_hidden_state
+            return hidden
 
         try:
             logger.info("recording a decode step of %d rows%s", size, " with deltas" if has_deltas else "")
             return self._record(run)
         except Exception as error:
-            self.work = False
             raise RecordingFailed(f"a decode step cannot be recorded: {type(error).__name__}: {error}") from error
         finally:
             context.step, context.attention, context.fused = kept
+
+    @staticmethod
+    def _verify(recording: Recording) -> None:
+        """Does a replay give what the step gave when it ran? Raises RecordingFailed."""
+        recording.replay()
+        found, wanted = (torch.nan_to_num(x.float()) for x in (recording.output, recording.first))
+        distance, size = float((found - wanted).norm()), float(wanted.norm())
+        if not distance <= TOLERANCE * size:
+            raise RecordingFailed(
+                f"a recorded decode step answers otherwise than one that runs ({distance / size:.1e})"
+            )
+
+
+def _together(plans: Sequence[Sequence[SitePlan]]) -> tuple[SitePlan, ...]:
+    return tuple(merged(of_site) for of_site in zip(*plans, strict=True))
+
+
+def _launches(plans: Sequence[SitePlan]) -> int:
+    return sum(len(plan.launches) for plan in plans)

@@ -77,7 +77,8 @@ def load_model(
     config = model.config.get_text_config()
     max_positions = check_exact(checkpoint.name, config)
     if fused is not None:
-        context.paged = paged_kernel(min(max_positions, kv_slots), block_size)
+        longest = limits.positions if limits else min(max_positions, kv_slots)
+        context.paged = paged_kernel(longest, block_size)
     tied = bool(config.tie_word_embeddings)
     layers = replace_layers(model, context, tied, reference.axes)
     shapes = {(m.out_features, m.in_features) for m in model.modules() if isinstance(m, DeltaLinear)}

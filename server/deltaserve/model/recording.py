@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 
 
 class RecordingFailed(Exception):
-    """A step could not be recorded; from now on none is."""
+    """A step could not be recorded."""
 
 
 class Recording(NamedTuple):
+    first: Tensor  # what the function gave when it ran, before it was recorded
     output: Tensor  # written by each replay
     replay: Callable[[], None]
 
@@ -24,24 +26,41 @@ Record: TypeAlias = Callable[[Callable[[], Tensor]], Recording]
 class GraphLimits(NamedTuple):
     rows: int  # of a step that is recorded
     slots: int
+    positions: int  # of a sequence
     required: bool = False  # a model that cannot be recorded is refused
     record: Record | None = None  # None: CUDA graphs
 
 
 def cuda_recorder() -> Record:
-    """CUDA graphs that share one pool of memory: they never run at the same time."""
-    pool = torch.cuda.graph_pool_handle()
+    """CUDA graphs that share one pool of memory, on one stream: they never run at the same time."""
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def record(run: Callable[[], Tensor]) -> Recording:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what is made at the first call is not made while recording
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads load deltas meanwhile.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            output = run()
-        return Recording(output, graph.replay)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            first = run().clone()  # what is made at the first call is not made while recording
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads load deltas meanwhile
+            try:
+                output = run()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        return Recording(first, output, graph.replay)
 
     return record
+
+
+@contextmanager
+def refusing_waits(device: torch.device) -> Iterator[None]:
+    """The host waiting for the device is an error: it would spoil a recording, after which torch's allocator is not
+    whole again. For all threads, so only while nothing is served."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

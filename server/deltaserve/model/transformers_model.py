@@ -69,7 +69,7 @@ class TransformersModel(ServedModel):
         try:
             return self._pass(step, ids, positions, logit_rows)
         except RecordingFailed as error:
-            logger.warning("%s; from now on all steps run kernel by kernel", error)
+            logger.warning("%s; such steps run kernel by kernel", error)
             return self._pass(step, ids, positions, logit_rows)
 
     def _pass(self, step: Step, ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
@@ -125,7 +125,6 @@ def recorded(
     Raises CheckpointError where they must be and cannot."""
     from deltaserve.model.graphs import DecodeGraphs
 
-    longest = min(model.max_positions, model.kv_slots)
     graphs = DecodeGraphs(
         model.causal,
         embedding,
@@ -134,14 +133,16 @@ def recorded(
         limits,
         num_sites=len(model.sites),
         block_size=block_size,
-        blocks=-(-longest // block_size),
         unused_slot=model.kv_slots,
+        long_runs=min(model.scratch.thresholds.values()) if model.scratch else None,
     )
     made = replace(model, graphs=graphs)
     try:
         with torch.inference_mode():
             graphs.record_all()
         check(made)
+        if not graphs.replays:
+            raise RecordingFailed("a decode step cannot be recorded: this model does not call its layers as one")
     except (RecordingFailed, CheckpointError) as error:
         if limits.required:
             raise CheckpointError(f"{error}; --cuda-graphs off serves it kernel by kernel") from error
