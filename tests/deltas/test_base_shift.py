@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deltaserve.codecs.auto import Auto
 from deltaserve.codecs.bitdelta import BitDelta
 from deltaserve.codecs.delta_svd import DeltaSvd
-from deltaserve.deltas.base_shift import fit_scalars, rescaled
+from deltaserve.deltas.base_shift import find_gamma, fit_scalars, rescaled
 from deltaserve.deltas.calibration import load_texts
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.companions import load_tokenizer
@@ -126,6 +127,25 @@ def test_make_delta_fits_them_when_asked(tiny_base: Path, blended: Path, tmp_pat
     plain = make_delta(base, finetuned, BitDelta(), tmp_path / "plain")
     assert {layer.gamma for layer in plain.manifest.layers.values()} == {1.0}
     assert artifact.manifest.layers.keys() == plain.manifest.layers.keys()
+
+
+def test_one_gamma_is_found_where_less_of_the_delta_is_nearer(
+    whole: Artifact, tiny_base: Path, tuned: Path, blended: Path, texts: list[Text]
+) -> None:
+    base = Checkpoint.open(tiny_base)
+    assert find_gamma(base, Checkpoint.open(tuned), whole, texts) == 1.0
+    assert find_gamma(base, Checkpoint.open(blended), whole, texts) == pytest.approx(GAMMA, abs=0.11)
+
+
+def test_auto_takes_less_of_a_delta_whose_noise_is_loud(tiny_base: Path, tuned: Path, tmp_path: Path) -> None:
+    base, finetuned = Checkpoint.open(tiny_base), Checkpoint.open(tuned)
+    gammas = {}
+    for bits in (0.6, 4.0):
+        artifact = make_delta(base, finetuned, Auto(bits=bits), tmp_path / f"{bits}.safetensors")
+        (gammas[bits],) = {layer.gamma for layer in artifact.manifest.layers.values()}
+        assert artifact.bits_per_parameter <= bits
+    assert gammas[0.6] < 1
+    assert gammas[4.0] == 1
 
 
 def test_too_few_texts_are_refused(whole: Artifact, tiny_base: Path, tuned: Path, texts: list[Text]) -> None:

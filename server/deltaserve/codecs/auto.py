@@ -5,6 +5,8 @@ to be `noise` of the weights:
 
     bits = (‖Δ‖ / ‖W_base‖)² / (c · noise²), within 0.015 … 1
 
+Where a budget leaves more than that, deltas.prepare looks for one γ that takes less of Δ and N together (decision 0026).
+
 Below `TURNED_FROM` bits layers are coded by `seeded-vq`; from there on by `higgs`, whose noise falls by 2 a bit, with
 log2 √(curvature · mean Δ²) bits more or less than the mean (decision 0006). `bits` is a ceiling on the whole file
 (deltas.prepare).
@@ -61,9 +63,12 @@ class Auto:
         """Bits per parameter of the whole file."""
         if self.bits is not None:
             return self.bits
-        delta, weights = (math.hypot(*(getattr(layer, part) for layer in layers)) for part in ("norm", "base_norm"))
-        needed = (delta / weights) ** 2 / (EFFICIENCY * self.noise**2) if weights else MOST
+        needed = _change(layers) ** 2 / (EFFICIENCY * self.noise**2)
         return min(max(needed, LEAST), MOST)
+
+    def noise_of(self, layers: Sequence[LayerStats]) -> float:
+        """‖N‖ / ‖W_base‖ that its budget leaves."""
+        return _change(layers) / math.sqrt(EFFICIENCY * self.budget(layers))
 
     def plan(self, layers: Sequence[LayerStats]) -> Mapping[str, Codec]:
         bits = max(self.budget(layers), LEAST_BITS)
@@ -73,6 +78,12 @@ class Auto:
         """A layer that no plan knows."""
         bits = self.bits or MOST
         return (SeededVq(bits=bits) if bits < TURNED_FROM else Higgs(bits=bits)).encode(delta, site)
+
+
+def _change(layers: Sequence[LayerStats]) -> float:
+    """‖Δ‖ / ‖W_base‖"""
+    delta, weights = (math.hypot(*(getattr(layer, part) for layer in layers)) for part in ("norm", "base_norm"))
+    return delta / weights if weights else math.inf
 
 
 def _turned(layers: Sequence[LayerStats], bits: float) -> Mapping[str, Codec]:

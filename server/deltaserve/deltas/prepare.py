@@ -15,10 +15,10 @@ import torch
 from deltaserve.codecs.auto import LEAST_FILE, MOST_FILE, Auto
 from deltaserve.codecs.base import Planner
 from deltaserve.deltas.allocate import allocated, check_allocatable
-from deltaserve.deltas.base_shift import fit_scalars, rescaled
+from deltaserve.deltas.base_shift import find_gamma, fit_scalars, rescaled
 from deltaserve.deltas.calibration import BUILTIN, Calibration, load_texts
 from deltaserve.deltas.companions import load_tokenizer
-from deltaserve.deltas.compress import compress, layer_stats, make_manifest, vector_parameters
+from deltaserve.deltas.compress import Scalars, compress, layer_stats, make_manifest, vector_parameters
 from deltaserve.deltas.gradients import sensitivities
 from deltaserve.deltas.lone_layers import LoneLayers
 from deltaserve.deltas.reference_model import load_reference
@@ -44,6 +44,7 @@ LAYER_BYTES = 36  # of a layer in a compressed manifest
 SLACK = 0.03  # of a file's bits that may be left unused
 SHIFT_BELOW = 0.02  # bits per parameter
 SHIFT_TEXTS = 256
+LOUD = 0.08  # of the weights: noise from which on auto looks for a smaller γ
 SCALAR_BYTES = 12  # of the two numbers of a layer in a compressed manifest
 
 BaseShift: TypeAlias = Literal["none", "task", "layer"]
@@ -109,8 +110,9 @@ def make_delta(
     """`compress` with what the codec needs; `auto`'s whole file is made to fit its bits.
 
     `calibration`: "builtin" or a JSON-lines file, read by codecs that are calibrated, and for `base_shift` (None:
-    "layer" for `auto` below `SHIFT_BELOW` bits on texts of the user's, else "none"). `vector_bits` None: fewer below
-    a quarter of a bit, else 16. `allocate`: which of allocate.ALLOCATORS shares out the codec's bits among layers.
+    "layer" for `auto` below `SHIFT_BELOW` bits on texts of the user's, else "none"; then `auto` looks for one γ where
+    its noise is `LOUD`). `vector_bits` None: fewer below a quarter of a bit, else 16. `allocate`: which of
+    allocate.ALLOCATORS shares out the codec's bits among layers.
     `ready`: of an earlier call for the same pair and calibration. Raises CodecError, CheckpointError.
     """
     if allocate is not None:
@@ -168,6 +170,15 @@ def make_delta(
             ready.forget()
         fit = fit_scalars(base, finetuned, artifact, texts, span=base_shift, progress=progress)
         artifact = rescaled(base, finetuned, artifact, fit.scalars)
+    elif isinstance(codec, Auto) and artifact.manifest.layers and codec.noise_of(ready.layers) > LOUD:
+        texts = load_texts(calibration, load_tokenizer(base.directory, artifact.manifest), limit=GRADIENT_TEXTS)
+        if not lent:
+            ready.forget()
+        gamma = find_gamma(base, finetuned, artifact, texts, progress=progress)
+        if gamma < 1:
+            artifact = rescaled(
+                base, finetuned, artifact, dict.fromkeys(artifact.manifest.layers, Scalars(gamma=gamma))
+            )
     return artifact
 
 
