@@ -5,7 +5,7 @@ to be `noise` of the weights:
 
     bits = (‖Δ‖ / ‖W_base‖)² / (c · noise²), within 0.015 … 1
 
-Where a budget leaves more than that, deltas.prepare looks for one γ that takes less of Δ and N together (decision 0026).
+Where a budget leaves more noise than that, deltas.prepare looks for one γ that takes less of both (decision 0026).
 
 Below `TURNED_FROM` bits layers are coded by `seeded-vq`; from there on by `higgs`, whose noise falls by 2 a bit, with
 log2 √(curvature · mean Δ²) bits more or less than the mean (decision 0006). `bits` is a ceiling on the whole file

@@ -55,8 +55,8 @@ class _RecordedStep(FusedStep):
 class DecodeGraphs:
     """Stands before the layers of a model: a step that was prepared is replayed, any other runs as ever.
 
-    `unused_slot`: of the KV cache, which belongs to nobody; `long_runs`: rows of one
-    delta from which its weights are written out, which is not recorded.
+    `unused_slot`: of the KV cache, which belongs to nobody; `long_runs`: rows of one delta from which its weights are
+    written out, which is not recorded.
     """
 
     def __init__(
