@@ -228,7 +228,7 @@ class DecodeGraphs:
         distance, size = float((found - wanted).norm()), float(wanted.norm())
         if not distance <= TOLERANCE * size:
             raise RecordingFailed(
-                f"a recorded decode step answers otherwise than one that runs ({distance / size:.1e})"
+                f"a recorded decode step answers otherwise than one that runs ({distance:.1e} of {size:.1e})"
             )
 
 

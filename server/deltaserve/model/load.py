@@ -70,9 +70,8 @@ def load_model(
             "%s runs in transformers, slower than the own decoder for Llama, Mistral, Qwen2 and Qwen3 in bfloat16",
             checkpoint.name if quantization == "none" else f"{checkpoint.name} in {quantization}",
         )
-    context = StepContext(
-        KvCache(kv_slots + (limits is not None))
-    )  # one more for rows of a recorded step that it lacks
+    unused = 1 if limits else 0  # a slot for rows of a recording that the step lacks
+    context = StepContext(KvCache(kv_slots + unused))
     model, reference = _load_base(checkpoint, context, device, dtype, quantization)
     config = model.config.get_text_config()
     max_positions = check_exact(checkpoint.name, config)
