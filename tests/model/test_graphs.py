@@ -77,7 +77,6 @@ class Pair:
         self.recorder = Recorder()
         self.models = [load(base, self.recorder), load(base)]
         self.texts: list[list[Text]] = [[], []]
-        self._artifacts: list[Any] = [None] * SLOTS
         self.deltas: list[list[ResidentDelta | None]] = [[None] * SLOTS, [None] * SLOTS]
 
     def put(self, slot: int, artifact: Any) -> None:

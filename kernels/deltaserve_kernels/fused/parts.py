@@ -120,10 +120,9 @@ def vector(values: Tensor) -> FusedTerm:
     """values [n], which take the place of a module's: as bfloat16 where they are such numbers, as float32 otherwise."""
     values = values.detach().float().contiguous()
     short = values.bfloat16()
-    if torch.equal(short.float(), values):
-        words = F.pad(short, (0, len(short) % 2)).view(torch.int32)
-        return FusedTerm((FusedPart("vector", len(values), 0, {"values": words}, {"BITS": 16}),))
-    return FusedTerm((FusedPart("vector", len(values), 0, {"values": values.view(torch.int32)}, {"BITS": 32}),))
+    stored = F.pad(short, (0, len(short) % 2)) if torch.equal(short.float(), values) else values
+    numbers = {"BITS": 8 * stored.element_size()}
+    return FusedTerm((FusedPart("vector", len(values), 0, {"values": stored.view(torch.int32)}, numbers),))
 
 
 def _parts(term: Term) -> list[FusedPart] | None:

@@ -313,13 +313,7 @@ class _SiteCall:
         else:
             size = int(str(launch.about))
             patch_matmul_kernel[grid](
-                *bytes_and_words,
-                step.tables.tiles,
-                *activations,
-                *numbers(size),
-                size,
-                ROWS_OF_A_SEGMENT,
-                self.programs,
+                *bytes_and_words, tiles, *activations, *numbers(size), size, ROWS_OF_A_SEGMENT, self.programs
             )
 
     def _rescale(self, launch: Launch) -> None:

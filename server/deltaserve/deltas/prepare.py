@@ -164,21 +164,19 @@ def make_delta(
         artifact = _fitted(once, codec, 8 * scalars * len(ready.layers) / parameters, beside / parameters)
     else:
         artifact = once(codec)
-    if base_shift != "none" and artifact.manifest.layers:
-        texts = load_texts(calibration, load_tokenizer(base.directory, artifact.manifest), limit=SHIFT_TEXTS)
+    is_loud = base_shift == "none" and isinstance(codec, Auto) and codec.noise_of(ready.layers) > LOUD
+    if artifact.manifest.layers and (base_shift != "none" or is_loud):
+        limit = GRADIENT_TEXTS if is_loud else SHIFT_TEXTS
+        texts = load_texts(calibration, load_tokenizer(base.directory, artifact.manifest), limit=limit)
         if not lent:
             ready.forget()
-        fit = fit_scalars(base, finetuned, artifact, texts, span=base_shift, progress=progress)
-        artifact = rescaled(base, finetuned, artifact, fit.scalars)
-    elif isinstance(codec, Auto) and artifact.manifest.layers and codec.noise_of(ready.layers) > LOUD:
-        texts = load_texts(calibration, load_tokenizer(base.directory, artifact.manifest), limit=GRADIENT_TEXTS)
-        if not lent:
-            ready.forget()
-        gamma = find_gamma(base, finetuned, artifact, texts, progress=progress)
-        if gamma < 1:
-            artifact = rescaled(
-                base, finetuned, artifact, dict.fromkeys(artifact.manifest.layers, Scalars(gamma=gamma))
-            )
+        if base_shift != "none":
+            found = fit_scalars(base, finetuned, artifact, texts, span=base_shift, progress=progress).scalars
+        else:
+            gamma = find_gamma(base, finetuned, artifact, texts, progress=progress)
+            found = dict.fromkeys(artifact.manifest.layers, Scalars(gamma=gamma)) if gamma < 1 else {}
+        if found:
+            artifact = rescaled(base, finetuned, artifact, found)
     return artifact
 
 

@@ -72,9 +72,8 @@ def load_model(
         )
     unused = 1 if limits else 0  # a slot for rows of a recording that the step lacks
     context = StepContext(KvCache(kv_slots + unused))
-    model, reference = _load_base(checkpoint, context, device, dtype, quantization)
+    model, reference, max_positions = _load_base(checkpoint, context, device, dtype, quantization)
     config = model.config.get_text_config()
-    max_positions = check_exact(checkpoint.name, config)
     if fused is not None:
         longest = limits.positions if limits else min(max_positions, kv_slots)
         context.paged = paged_kernel(longest, block_size)
@@ -108,8 +107,8 @@ def load_model(
 
 def _load_base(
     checkpoint: Checkpoint, context: StepContext, device: torch.device, dtype: torch.dtype, quantization: Quantization
-) -> tuple[PreTrainedModel, Reference]:
-    """The base with our attention, and what it answered with its own."""
+) -> tuple[PreTrainedModel, Reference, int]:
+    """The base with our attention, what it answered with its own, and up to which position it is exact."""
     attention = f"{NAME}_{next(_serial)}"  # transformers' table of them is global, the cache is this model's
     AttentionInterface.register(attention, make_attention(context))
     try:
@@ -120,11 +119,11 @@ def _load_base(
         raise CheckpointError(f"{checkpoint.directory}: does not load as a decoder-only model: {error}") from None
     nn.Module.requires_grad_(nn.Module.eval(nn.Module.to(model, device)), False)
     config = model.config.get_text_config()
-    check_exact(checkpoint.name, config)
+    max_positions = check_exact(checkpoint.name, config)
     quantise(model, model.get_output_embeddings(), quantization)  # type: ignore[no-untyped-call]
     reference = Reference.of(model, int(config.vocab_size), device)
     model.set_attn_implementation(attention)
     if model.config._attn_implementation != attention:
         kind = type(model).__name__
         raise CheckpointError(f"{checkpoint.name}: {kind} has attention of its own, which is not served")
-    return model, reference
+    return model, reference, max_positions
