@@ -10,7 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.models.llama import LlamaForCausalLM
 from transformers.models.qwen2 import Qwen2ForCausalLM
 
@@ -46,6 +56,11 @@ def make_model(name: str) -> PreTrainedModel:
             return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
         if name == "qwen2":
             return Qwen2ForCausalLM(Qwen2Config(**SIZES, **WINDOW)).eval()
+        if name == "gemma2":  # logits within 1 after tanh; eager attention, which SDPA has no caps for
+            config = Gemma2Config(**SIZES, final_logit_softcapping=1.0, attn_implementation="eager")
+            return Gemma2ForCausalLM(config).eval()
+        if name == "mixtral":
+            return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2)).eval()
         return Qwen3ForCausalLM(Qwen3Config(**SIZES)).eval()
 
 
@@ -172,24 +187,30 @@ def test_a_model_without_a_list_of_layers_is_refused() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.layers.2.mlp.down_proj.weight"])
-def test_sensitivities_are_the_squares_of_autograd(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "linear"),
+    [("qwen2", "1.self_attn.k"), ("qwen2", "2.mlp.down"), ("gemma2", "1.mlp.up"), ("mixtral", "1.self_attn.o")],
+)
+def test_sensitivities_are_the_squares_of_autograd(
+    kind: str, linear: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """g_t is the gradient of what is added to the output at token t; with x_t it gives the weight's own gradient."""
     monkeypatch.setattr("deltaserve.deltas.gradients.draw", lambda logits, generator: logits.argmin(-1))
-    model = make_model("qwen2")
-    linear = linears_of(model)[name]
-    fisher_out, moment_in = torch.zeros(linear.out_features), torch.zeros(linear.in_features)
+    monkeypatch.setattr("deltaserve.deltas.recompute.CHUNK_LOGITS", 5 * 64)
+    model, name = make_model(kind), f"model.layers.{linear}_proj.weight"
+    module = linears_of(model)[name]
+    fisher_out, moment_in = torch.zeros(module.out_features), torch.zeros(module.in_features)
     total = sum(text.weight * len(text.tokens) for text in TEXTS)
     for text in TEXTS:
         seen: list[Tensor] = []
-        added = torch.zeros(1, len(text.tokens), linear.out_features, requires_grad=True)
-        handle = linear.register_forward_hook(
-            lambda module, args, out, seen=seen, added=added: (seen.append(args[0].detach()), out + added)[1]
+        added = torch.zeros(1, len(text.tokens), module.out_features, requires_grad=True)
+        handle = module.register_forward_hook(
+            lambda _, args, out, seen=seen, added=added: (seen.append(args[0].detach()), out + added)[1]
         )
         logits = model(torch.tensor([text.tokens])).logits[0]
         handle.remove()
         loss = F.cross_entropy(logits, logits.argmin(-1), reduction="sum")
-        g, of_weight = torch.autograd.grad(loss, (added, linear.weight))
+        g, of_weight = torch.autograd.grad(loss, (added, module.weight))
         assert torch.allclose(g[0].T @ seen[0][0], of_weight, atol=1e-4)
         fisher_out += text.weight / total * g[0].square().sum(0)
         moment_in += text.weight / total * seen[0][0].square().sum(0)

@@ -7,7 +7,8 @@ One pair for the whole model ("task") or for each layer. The start is γ = 1, λ
 between it and what was found, so that texts are never fitted for nothing. The model only moves towards what the texts
 show: with texts that have nothing to do with the task, γ falls below what the task wants (decision 0007).
 
-In memory: the fine-tune, the base, and Δ̂ of all layers, in bfloat16. The held-out part, Adam and the steps are ours.
+In memory: the fine-tune, the base, Δ̂ of all layers, in bfloat16, and what one layer computes. The held-out part, Adam
+and the steps are ours.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deltaserve.codecs.base import CodingError, decode
 from deltaserve.deltas.calibration import decoder_layers, layer_linears, make_batches
 from deltaserve.deltas.compress import Scalars, write_artifact
 from deltaserve.deltas.manifest import ErrorSpec
+from deltaserve.deltas.recompute import recomputed, tokens_at_once
 from deltaserve.deltas.reference_model import load_reference
 from deltaserve.deltas.tensorfile import TensorFileWriter
 from deltaserve.errors import CheckpointError
@@ -73,16 +76,15 @@ def fit_scalars(
     """By layer, for the artifact's terms; layers that are no linears keep theirs. Raises CheckpointError."""
     if span not in get_args(Span) or numbers not in get_args(Numbers):
         raise ValueError(f"{span!r}, {numbers!r}: not in {get_args(Span)}, {get_args(Numbers)}")
-    teacher = load_reference(base, None, finetuned, torch.bfloat16)
-    student = load_reference(base, artifact, None, torch.bfloat16)
-    batches = make_batches(texts, BATCH, student.device)
-    if len(batches) < 2:
+    lessons = _lessons(load_reference(base, None, finetuned, torch.bfloat16), texts)
+    if len(lessons) < 2:
         raise CheckpointError(f"{len(texts)} texts are too few to fit scalars: at least {BATCH + 1} are needed")
-    held_out = batches[HELD_OUT - 1 :: HELD_OUT] or batches[-1:]
-    fitted = [batch for batch in batches if not any(batch is held for held in held_out)]
+    held_out = lessons[HELD_OUT - 1 :: HELD_OUT] or lessons[-1:]
+    fitted = [lesson for lesson in lessons if not any(lesson is held for held in held_out)]
+    student = load_reference(base, artifact, None, torch.bfloat16)
     with _student(student, base, artifact, span) as knobs:
         chosen = [*(knobs.gammas if numbers != "shift" else []), *(knobs.shifts if numbers != "gamma" else [])]
-        before = _mean_divergence(teacher, student, held_out)
+        before = _mean_divergence(student, held_out)
         rates = [RATE if any(knob is gamma for gamma in knobs.gammas) else SHIFT_RATE for knob in chosen]
         optimizer = torch.optim.Adam([{"params": [k], "lr": r} for k, r in zip(chosen, rates, strict=True)])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -90,12 +92,12 @@ def fit_scalars(
         for step in range(steps):
             if progress:
                 progress("fitting scalars", step, steps)
-            batch = fitted[int(torch.randint(len(fitted), (), generator=generator))]
+            lesson = fitted[int(torch.randint(len(fitted), (), generator=generator))]
             optimizer.zero_grad()
-            _divergence(teacher, student, batch).backward()  # type: ignore[no-untyped-call]
+            _divergence(student, lesson).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-        after = _mean_divergence(teacher, student, held_out)
+        after = _mean_divergence(student, held_out)
         found = knobs.scalars()
     return Fit(before, after, found if after < before else {})
 
@@ -112,16 +114,15 @@ def find_gamma(
 
     KL(γ) on the texts is followed down from 1 until it rises; of those near the least the largest is taken: texts that
     are not of the task prefer a smaller one than the task does (decision 0026). Raises CheckpointError."""
-    teacher = load_reference(base, None, finetuned, torch.bfloat16)
+    lessons = _lessons(load_reference(base, None, finetuned, torch.bfloat16), texts)
     student = load_reference(base, artifact, None, torch.bfloat16)
-    batches = make_batches(texts, BATCH, student.device)
     found: dict[float, float] = {}
     with _student(student, base, artifact, "task") as knobs, torch.no_grad():
         for gamma in (1.0, *GAMMAS):
             if progress:
                 progress("weighing noise", len(found), 1 + len(GAMMAS))
             knobs.gammas[0].fill_(gamma)
-            found[gamma] = _mean_divergence(teacher, student, batches)
+            found[gamma] = _mean_divergence(student, lessons)
             if found[gamma] > min(found.values()):
                 break
     return max(gamma for gamma, divergence in found.items() if divergence <= NEAR * min(found.values()))
@@ -185,7 +186,8 @@ def _student(model: PreTrainedModel, base: Checkpoint, artifact: Artifact, span:
         delta = decode(artifact.terms(name)).to(weight)
         linear.forward = partial(_mixed, linear, delta, *knobs[name])  # type: ignore[method-assign]
     try:
-        yield knobs
+        with recomputed(layers):
+            yield knobs
     finally:
         for linear in linears.values():
             vars(linear).pop("forward", None)
@@ -197,14 +199,36 @@ def _mixed(linear: nn.Linear, delta: Tensor, gamma: Tensor, shift: Tensor, x: Te
     return out if linear.bias is None else out + linear.bias
 
 
-def _mean_divergence(teacher: PreTrainedModel, student: PreTrainedModel, batches: Sequence[Batch]) -> float:
+class _Lesson(NamedTuple):
+    batch: Batch
+    wanted: Tensor  # [n, D], the teacher's final hidden states before the tokens that are predicted
+    head: nn.Module  # the teacher's
+
+
+def _lessons(teacher: PreTrainedModel, texts: Sequence[Text]) -> list[_Lesson]:
+    head: nn.Module = teacher.get_output_embeddings()  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        return sum(float(_divergence(teacher, student, batch)) for batch in batches) / len(batches)
+        batches = make_batches(texts, BATCH, teacher.device)
+        return [_Lesson(batch, batch.hidden(teacher), head) for batch in batches]
 
 
-def _divergence(teacher: PreTrainedModel, student: PreTrainedModel, batch: Batch) -> Tensor:
+def _mean_divergence(student: PreTrainedModel, lessons: Sequence[_Lesson]) -> float:
+    with torch.no_grad():
+        return sum(float(_divergence(student, lesson)) for lesson in lessons) / len(lessons)
+
+
+def _divergence(student: PreTrainedModel, lesson: _Lesson) -> Tensor:
     """KL(teacher ‖ student), mean over the tokens of a batch that are predicted."""
+    heads: tuple[nn.Module, nn.Module] = lesson.head, student.get_output_embeddings()  # type: ignore[no-untyped-call]
+    tokens = tokens_at_once(student)
+    pieces = zip(torch.split(lesson.wanted, tokens), torch.split(lesson.batch.hidden(student), tokens), strict=True)
+    parts = [checkpoint(_summed, *heads, *piece, use_reentrant=False) for piece in pieces]
+    return torch.stack(parts).sum() / len(lesson.wanted)
+
+
+def _summed(teacher: nn.Module, student: nn.Module, wanted: Tensor, hidden: Tensor) -> Tensor:
+    """KL summed over tokens, of two heads for their hidden states [n, D]."""
     with torch.no_grad():
-        log_p = F.log_softmax(batch.logits(teacher), -1)
-    log_q = F.log_softmax(batch.logits(student), -1)
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        log_p = F.log_softmax(teacher(wanted).float(), -1)
+    log_q = F.log_softmax(student(hidden).float(), -1)
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)

@@ -53,11 +53,14 @@ class Batch(NamedTuple):
         rows = tensor.reshape(-1, tensor.shape[-1])
         return rows.index_select(0, self.kept) if len(rows) == self.ids.numel() else None
 
+    def hidden(self, model: PreTrainedModel) -> Tensor:
+        """The final hidden states [n, D], at `predicting`."""
+        hidden: Tensor = model.base_model(input_ids=self.ids, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, self.predicting)
+
     def logits(self, model: PreTrainedModel) -> Tensor:
         """float32 [n, V], at `predicting`."""
-        hidden = model.base_model(input_ids=self.ids, use_cache=False).last_hidden_state
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        logits: Tensor = head(hidden.flatten(0, 1).index_select(0, self.predicting)).float()
+        logits: Tensor = model.get_output_embeddings()(self.hidden(model)).float()  # type: ignore[no-untyped-call]
         return logits
 
 
@@ -109,15 +112,15 @@ def _encode(tokenizer: PreTrainedTokenizerFast, fields: dict[str, str], max_toke
 
 
 def make_batches(texts: Sequence[Text], size: int, device: torch.device) -> list[Batch]:
-    """Texts of similar length together."""
+    """Texts of similar length together, the longest first: what they leave has room for all that follows."""
     total = sum(text.weight * len(text.tokens) for text in texts)
     batches = []
-    ordered = sorted(texts, key=lambda text: (text.weight, len(text.tokens)))
+    ordered = sorted(texts, key=lambda text: (text.weight, len(text.tokens)), reverse=True)
     for weight, alike in groupby(ordered, key=lambda text: text.weight):
         group = list(alike)
         for first in range(0, len(group), size):
             part = group[first : first + size]
-            width = len(part[-1].tokens)
+            width = len(part[0].tokens)
             ids = torch.tensor([text.tokens + [0] * (width - len(text.tokens)) for text in part], device=device)
             lengths = torch.tensor([[len(text.tokens)] for text in part], device=device)
             starts = torch.tensor([[text.start] for text in part], device=device)

@@ -13,11 +13,13 @@ A change Δ of the weight then moves the predictions by about
 
 (K-FAC, arXiv 1503.05671, sections 2.2 and 3, its factors cut to diagonals; what tokens of one text have in common is
 left out). Drawn tokens, not the text's own: those give the "empirical" Fisher information, which on a real fine-tune
-overstates KL several times and unevenly. Gradients of weights are neither computed nor stored.
+overstates KL several times and unevenly. Gradients of weights are neither computed nor stored, and of the activations
+only those of one decoder layer (deltas.recompute).
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,12 +27,14 @@ import torch
 import torch.nn.functional as F
 
 from deltaserve.deltas.calibration import Batch, Text, decoder_layers, layer_linears, make_batches
+from deltaserve.deltas.recompute import recomputed, tokens_at_once
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Sensitivity:
 
 
 def sensitivities(
-    model: PreTrainedModel, texts: Sequence[Text], *, batch: int = 4, seed: int = 0
+    model: PreTrainedModel, texts: Sequence[Text], *, batch: int = 1, seed: int = 0
 ) -> dict[str, Sensitivity]:
     """By the name of the weight, of every linear of the decoder layers that sees all tokens; on the CPU.
 
@@ -60,12 +64,15 @@ def sensitivities(
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with torch.enable_grad():
+        with torch.enable_grad(), recomputed(layers):
             for squares.batch in make_batches(texts, batch, model.device):
-                logits: Tensor = model(input_ids=squares.batch.ids, use_cache=False).logits
-                rows = logits.flatten(0, 1).index_select(0, squares.batch.kept).float()  # [kept tokens, V]
-                loss = F.cross_entropy(rows, draw(rows, generator), reduction="sum")
-                loss.backward()  # type: ignore[no-untyped-call]
+                body = model.base_model(input_ids=squares.batch.ids, use_cache=False)
+                hidden = body.last_hidden_state.flatten(0, 1).index_select(0, squares.batch.kept)  # [kept tokens, D]
+                leaf = hidden.detach().requires_grad_()
+                for logits in _logits(model, body, leaf):
+                    F.cross_entropy(logits, draw(logits, generator), reduction="sum").backward()  # type: ignore[no-untyped-call]
+                with squares.way_back():
+                    hidden.backward(leaf.grad)
     finally:
         for handle in handles:
             handle.remove()
@@ -79,15 +86,39 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
 
 
+def _logits(model: PreTrainedModel, body: BaseModelOutputWithPast, hidden: Tensor) -> Iterator[Tensor]:
+    """float32 [some tokens, V] of final hidden states [T, D], piece by piece, by the model's own head, scales
+    and caps; `body`: what its body has returned, whose hidden states are lost."""
+    model.base_model.forward = lambda *_, **__: body
+    try:
+        for piece in torch.split(hidden, tokens_at_once(model)):
+            body.last_hidden_state = piece[None]
+            yield model(inputs_embeds=body.last_hidden_state, use_cache=False).logits[0].float()
+    finally:
+        vars(model.base_model).pop("forward", None)
+
+
 class _Squares:
     """Σ share · x² and Σ share · g² by linear."""
 
     def __init__(self) -> None:
         self.batch: Batch
+        self._on_the_way_back = False
         self.into: dict[str, Tensor] = {}
         self.out: dict[str, Tensor] = {}
 
+    @contextmanager
+    def way_back(self) -> Iterator[None]:
+        """Layers that run again are not watched again."""
+        self._on_the_way_back = True
+        try:
+            yield
+        finally:
+            self._on_the_way_back = False
+
     def watch(self, name: str, x: Tensor, out: Tensor) -> None:
+        if self._on_the_way_back:
+            return
         self._add(self.into, name, x.detach())
         out.register_hook(lambda gradient: self._add(self.out, name, gradient))  # type: ignore[no-untyped-call]
 
