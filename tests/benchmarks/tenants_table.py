@@ -4,7 +4,8 @@
 
 Retained: a fine-tune's share of its own exact match, and the mean over fine-tunes. Against auto: exact match of `auto`
 at that budget less the codec's, in points, over the rows of all fine-tunes that have both (95 %, paired bootstrap). A
-codec of one fixed rate stands beside the largest `auto` that is not larger.
+codec of one fixed rate stands beside the largest `auto` that is not larger. "<10": it kept less than 10 % at a larger
+budget, and was not measured at this one. "×": it has no such size. Nothing: not measured.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from statistics import fmean
 
 from deltaserve.evaluation.bootstrap import bootstrap_difference
 from deltaserve.evaluation.picture import PANELS, draw_panel, separate
-from deltaserve.evaluation.results import Reference, Result, Setup, read_lines
+from deltaserve.evaluation.results import Missing, Reference, Result, Setup, read_lines
 from deltaserve.evaluation.summary import Summary
 
 AUTO = "auto"
+GIVEN_UP = 0.1  # retained at a larger budget
 
 
 class Tenant:
@@ -33,10 +35,21 @@ class Tenant:
         self.name = self.setup.finetuned
         self.references = {line.kind: line for line in lines if isinstance(line, Reference)}
         self.results = {line.cell: line for line in lines if isinstance(line, Result)}
+        self.unreachable = {(line.codec, line.budget) for line in lines if isinstance(line, Missing)}
 
     def of(self, codec: str, budget: float | None) -> Result | None:
         found = (one for (name, bits, seed), one in self.results.items() if (name, bits, seed) == (codec, budget, 0))
         return next(found, None)
+
+    def share(self, codec: str, budget: float | None) -> str:
+        """What is retained, in per cent, or why nothing is known."""
+        one = self.of(codec, budget)
+        if one:
+            return "" if one.retained is None else f"{100 * one.retained:.1f}"
+        larger = (r for r in self.results.values() if r.codec == codec and budget and (r.budget or 0) > budget)
+        if any(r.retained is not None and r.retained < GIVEN_UP for r in larger):
+            return "<10"
+        return "×" if (codec, budget) in self.unreachable else ""
 
     def auto_beside(self, other: Result) -> Result | None:
         if other.budget is not None:
@@ -50,8 +63,14 @@ class Tenant:
 
 
 def table(tenants: Sequence[Tenant]) -> str:
-    cells = {(one.codec, one.budget) for tenant in tenants for one in tenant.results.values()}
-    budgets = sorted({budget for _, budget in cells if budget is not None}, reverse=True)
+    measured = {(one.codec, one.budget) for tenant in tenants for one in tenant.results.values()}
+    budgets = sorted({budget for _, budget in measured if budget is not None}, reverse=True)
+    given_up = {
+        (codec, budget)
+        for codec, budget in itertools.product({codec for codec, _ in measured}, budgets)
+        if any(tenant.share(codec, budget) == "<10" for tenant in tenants)
+    }
+    cells = measured | given_up
     head = ["codec", "bits", *(f"{tenant.name} %" for tenant in tenants), "mean %", "auto − it, points"]
     head += ["KL on", "KL off", "MB resident", "compress s"]
     lines = [_row(["budget", *head]), _row(["---:", "---", *["---:"] * (len(head) - 1)])]
@@ -60,13 +79,15 @@ def table(tenants: Sequence[Tenant]) -> str:
         rows = [(codec, [tenant.of(codec, budget) for tenant in tenants]) for codec in names]
         rows.sort(key=lambda row: -fmean([one.retained or 0 for one in row[1] if one] or [0]))
         for codec, results in rows:
-            lines.append(_row(["fixed" if budget is None else f"{budget:g}", *_cells(codec, results, tenants)]))
+            lines.append(_row(["fixed" if budget is None else f"{budget:g}", *_cells(codec, budget, results, tenants)]))
     return "\n".join(lines) + "\n"
 
 
-def _cells(codec: str, results: Sequence[Result | None], tenants: Sequence[Tenant]) -> list[str]:
+def _cells(codec: str, budget: float | None, results: Sequence[Result | None], tenants: Sequence[Tenant]) -> list[str]:
     own = [one for one in results if one]
-    shares = [f"{100 * one.retained:.1f}" if one and one.retained is not None else "" for one in results]
+    shares = [tenant.share(codec, budget) for tenant in tenants]
+    if not own:
+        return [f"`{codec}`", "", *shares, *[""] * 6]
     is_whole = len(own) == len(tenants)
     over = " †" if any(one.is_over for one in own) else ""
     return [
