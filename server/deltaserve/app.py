@@ -226,7 +226,7 @@ def build_services(settings: Settings) -> Services:
     )
     services.keep_pinned()
     job_runner.start(is_alone=not registry.is_shared)
-    metrics.read_gauges_from(lambda: read_gauges(services, blocks, model.scratch_bytes))
+    metrics.read_gauges_from(lambda: read_gauges(services, blocks, model))
     logger.info(
         "base %s (%s…) on %s as %s; context %d tokens, KV cache %d tokens; %s",
         services.base_id, base.fingerprint[:12], device, services.runtime["dtype"], max_model_len,

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from deltaserve.api.deps import Services
 from deltaserve.engine.blocks import BlockPool
 from deltaserve.metrics import MAX_DELTA_SERIES
+from deltaserve.model.served import ServedModel
 
 Gauge = tuple[str, str, dict[str, str], float]
 
 
-def read_gauges(services: Services, blocks: BlockPool, scratch_bytes: int) -> Iterable[Gauge]:
+def read_gauges(services: Services, blocks: BlockPool, model: ServedModel) -> Iterable[Gauge]:
     shape = {"block_size": str(blocks.block_size), "num_gpu_blocks": str(blocks.num_blocks)}
     yield "vllm:cache_config_info", "shape of the KV cache", shape, 1
     yield "vllm:num_requests_running", "requests in the batch", {}, services.engine.num_running
@@ -23,11 +24,13 @@ def read_gauges(services: Services, blocks: BlockPool, scratch_bytes: int) -> It
         yield "deltaserve:deltas", "deltas by tier", {"tier": tier}, count
     for tier, size in services.residency.tier_bytes().items():
         yield "deltaserve:delta_tier_bytes", "bytes of deltas by tier", {"tier": tier}, size
-    yield "deltaserve:materialize_bytes", "memory for weights that are written out", {}, scratch_bytes
-    for model in services.store.models.every(MAX_DELTA_SERIES):
-        version = model.active
+    yield "deltaserve:materialize_bytes", "memory for weights that are written out", {}, model.scratch_bytes
+    for how, steps in model.decode_steps.items():
+        yield "deltaserve:decode_steps", "decode steps since the start, by what ran them", {"by": how}, steps
+    for stored in services.store.models.every(MAX_DELTA_SERIES):
+        version = stored.active
         state = services.residency.state(version.digest)
-        labels = {"tenant": model.owner, "delta": model.name, "version": str(version.number), "state": state}
+        labels = {"tenant": stored.owner, "delta": stored.name, "version": str(version.number), "state": state}
         yield "deltaserve:delta_disk_bytes", "bytes of one delta's file", labels, version.summary["disk_bytes"]
         resident = services.residency.resident_bytes(version.digest) or 0
         yield "deltaserve:delta_resident_bytes", "bytes of one delta in memory, 0 on disk", labels, resident

@@ -185,11 +185,14 @@ def test_what_is_not_in_the_bundle_runs_kernel_by_kernel(towns: dict[str, Any]) 
 
 def test_more_rows_than_are_recorded_and_prompts_run_kernel_by_kernel(pair: Pair) -> None:
     pair.begin(*[-1] * (ROWS + 1))
-    replays = pair.recorder.replays
+    replays, steps = pair.recorder.replays, dict(pair.models[0].decode_steps)
     pair.decode(range(ROWS + 1))
     pair.begin(-1)
     pair.check()
     assert pair.recorder.replays == replays
+    assert pair.models[0].decode_steps == {**steps, "kernels": steps["kernels"] + 1}, "a prompt is no decode step"
+    pair.decode([0])
+    assert pair.models[0].decode_steps == {"graph": steps["graph"] + 1, "kernels": steps["kernels"] + 1}
 
 
 def test_a_sequence_longer_than_allowed_runs_kernel_by_kernel(pair: Pair) -> None:

@@ -90,6 +90,7 @@ class DecodeGraphs:
         self._prepared: Key | None = None
         self._output: Callable[..., Any] = dict  # the type of what the layers answer
         self.replays = 0
+        self.steps = {"graph": 0, "kernels": 0}  # of decode steps, by what ran them
         self.work = True
         self._layers = model.get_decoder()  # type: ignore[no-untyped-call]
         self._run_layers, self._embed = self._layers.forward, embedding
@@ -99,6 +100,12 @@ class DecodeGraphs:
         """Writes down what a replay reads, for the next pass; None: this step is not replayed.
 
         `positions` int64 [T]."""
+        prepared = self._fill(step, positions)
+        if len(step.spans) == step.num_rows:
+            self.steps["kernels" if prepared is None else "graph"] += 1
+        return prepared
+
+    def _fill(self, step: Step, positions: Tensor) -> FusedStep | None:
         size = self._size(step)
         deltas = {run.slot: step.delta(run) for run in step.segments.runs}
         if size is None or not all(delta.fits_bundle for delta in deltas.values()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,11 @@ class ServedModel(ABC):
     def scratch_bytes(self) -> int:
         """Memory for weights that are written out for a step."""
         return 0
+
+    @property
+    def decode_steps(self) -> Mapping[str, int]:
+        """Steps without a prompt so far, "graph": replayed, "kernels": one by one. Empty where none is recorded."""
+        return {}
 
     @property
     @abstractmethod

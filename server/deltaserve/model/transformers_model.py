@@ -61,6 +61,10 @@ class TransformersModel(ServedModel):
         return 0 if self.scratch is None else self.scratch.nbytes
 
     @property
+    def decode_steps(self) -> Mapping[str, int]:
+        return {} if self.graphs is None else self.graphs.steps
+
+    @property
     def num_paged_layers(self) -> int:
         return self.context.cache.num_layers
 
