@@ -5,7 +5,8 @@
 Retained: a fine-tune's share of its own exact match, and the mean over fine-tunes. Against auto: exact match of `auto`
 at that budget less the codec's, in points, over the rows of all fine-tunes that have both (95 %, paired bootstrap). A
 codec of one fixed rate stands beside the largest `auto` that is not larger. "<10": it kept less than 10 % at a larger
-budget, and was not measured at this one. "×": it has no such size. Nothing: not measured.
+budget, and was not measured at this one. "×": it has no such size. Nothing: not measured. All of it is seed 0; other
+seeds of codecs that draw stand below.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ GIVEN_UP = 0.1  # retained at a larger budget
 
 
 class Tenant:
-    """What one directory holds, seed 0."""
+    """What one directory holds."""
 
     def __init__(self, directory: Path) -> None:
         lines = read_lines(directory / "comparison.jsonl")
@@ -57,7 +58,7 @@ class Tenant:
         smaller = [
             one
             for one in self.results.values()
-            if one.codec == AUTO and one.bits_per_parameter <= 1.02 * other.bits_per_parameter
+            if (one.codec, one.seed) == (AUTO, 0) and one.bits_per_parameter <= 1.02 * other.bits_per_parameter
         ]
         return max(smaller, key=lambda one: one.bits_per_parameter, default=None)
 
@@ -113,6 +114,24 @@ def _against_auto(results: Sequence[Result | None], tenants: Sequence[Tenant]) -
     return f"{mean:+.1f} ({low:+.1f} … {high:+.1f})"
 
 
+def spread(tenants: Sequence[Tenant]) -> str:
+    """What was measured with several seeds, one after the other."""
+    head = ["fine-tune", "budget", "codec", "retained %", "KL on", "KL off"]
+    lines = []
+    for tenant in tenants:
+        cells = sorted({(one.budget or 0, one.codec) for one in tenant.results.values() if one.seed}, reverse=True)
+        for budget, codec in cells:
+            own = (one for one in tenant.results.values() if (one.budget or 0, one.codec) == (budget, codec))
+            seeds = sorted(own, key=lambda one: one.seed)
+            values = (
+                " · ".join(f"{100 * (one.retained or 0):.1f}" for one in seeds),
+                " · ".join(f"{one.kl or 0:.2g}" for one in seeds),
+                " · ".join(f"{one.general_kl or 0:.2g}" for one in seeds),
+            )
+            lines.append(_row([tenant.name, f"{budget:g}", f"`{codec}`", *values]))
+    return "\n".join(["", _row(head), _row(["---", "---:", *["---"] * (len(head) - 2)]), *lines, ""]) if lines else ""
+
+
 def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -128,7 +147,8 @@ def draw(tenants: Sequence[Tenant], path: Path) -> None:
     codecs = sorted({one.codec for tenant in tenants for one in tenant.results.values()})
     labels = []
     for (row, panel), (column, tenant) in itertools.product(enumerate(PANELS), enumerate(tenants)):
-        results = sorted(tenant.results.values(), key=lambda one: -one.bits_per_parameter)
+        drawn = [one for one in tenant.results.values() if not one.seed]
+        results = sorted(drawn, key=lambda one: -one.bits_per_parameter)
         summaries = [Summary(one.codec, one.budget, [one]) for one in results]
         labels.append(draw_panel(grid[row][column], panel, summaries, codecs))
         grid[row][column].set_title(tenant.name if row == 0 else "")
@@ -149,9 +169,10 @@ def main() -> int:
     args = parser.parse_args()
     tenants = [Tenant(directory) for directory in args.directories]
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "tenants.md").write_text(table(tenants), encoding="utf-8")
+    whole = table(tenants) + spread(tenants)
+    (args.output / "tenants.md").write_text(whole, encoding="utf-8")
     draw(tenants, args.output / "tenants.png")
-    sys.stdout.write(table(tenants))
+    sys.stdout.write(whole)
     return 0
 
 
