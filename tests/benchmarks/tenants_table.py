@@ -20,7 +20,7 @@ from statistics import fmean
 
 from deltaserve.evaluation.bootstrap import bootstrap_difference
 from deltaserve.evaluation.picture import PANELS, draw_panel, separate
-from deltaserve.evaluation.results import Missing, Reference, Result, Setup, read_lines
+from deltaserve.evaluation.results import Missing, Result, Setup, read_lines
 from deltaserve.evaluation.summary import Summary
 
 AUTO = "auto"
@@ -34,13 +34,13 @@ class Tenant:
         lines = read_lines(directory / "comparison.jsonl")
         self.setup = next(line for line in lines if isinstance(line, Setup))
         self.name = self.setup.finetuned
-        self.references = {line.kind: line for line in lines if isinstance(line, Reference)}
-        self.results = {line.cell: line for line in lines if isinstance(line, Result)}
+        measured = sorted((line for line in lines if isinstance(line, Result)), key=lambda one: one.seed)
+        self.results = {(one.codec, one.budget): one for one in measured if not one.seed}
+        self.other_seeds = [one for one in measured if one.seed]
         self.unreachable = {(line.codec, line.budget) for line in lines if isinstance(line, Missing)}
 
     def of(self, codec: str, budget: float | None) -> Result | None:
-        found = (one for (name, bits, seed), one in self.results.items() if (name, bits, seed) == (codec, budget, 0))
-        return next(found, None)
+        return self.results.get((codec, budget))
 
     def share(self, codec: str, budget: float | None) -> str:
         """What is retained, in per cent, or why nothing is known."""
@@ -58,7 +58,7 @@ class Tenant:
         smaller = [
             one
             for one in self.results.values()
-            if (one.codec, one.seed) == (AUTO, 0) and one.bits_per_parameter <= 1.02 * other.bits_per_parameter
+            if one.codec == AUTO and one.bits_per_parameter <= 1.02 * other.bits_per_parameter
         ]
         return max(smaller, key=lambda one: one.bits_per_parameter, default=None)
 
@@ -119,10 +119,9 @@ def spread(tenants: Sequence[Tenant]) -> str:
     head = ["fine-tune", "budget", "codec", "retained %", "KL on", "KL off"]
     lines = []
     for tenant in tenants:
-        cells = sorted({(one.budget or 0, one.codec) for one in tenant.results.values() if one.seed}, reverse=True)
-        for budget, codec in cells:
-            own = (one for one in tenant.results.values() if (one.budget or 0, one.codec) == (budget, codec))
-            seeds = sorted(own, key=lambda one: one.seed)
+        for budget, codec in sorted({(one.budget or 0, one.codec) for one in tenant.other_seeds}, reverse=True):
+            every = [*tenant.results.values(), *tenant.other_seeds]
+            seeds = [one for one in every if (one.budget or 0, one.codec) == (budget, codec)]
             values = (
                 " · ".join(f"{100 * (one.retained or 0):.1f}" for one in seeds),
                 " · ".join(f"{one.kl or 0:.2g}" for one in seeds),
@@ -147,8 +146,7 @@ def draw(tenants: Sequence[Tenant], path: Path) -> None:
     codecs = sorted({one.codec for tenant in tenants for one in tenant.results.values()})
     labels = []
     for (row, panel), (column, tenant) in itertools.product(enumerate(PANELS), enumerate(tenants)):
-        drawn = [one for one in tenant.results.values() if not one.seed]
-        results = sorted(drawn, key=lambda one: -one.bits_per_parameter)
+        results = sorted(tenant.results.values(), key=lambda one: -one.bits_per_parameter)
         summaries = [Summary(one.codec, one.budget, [one]) for one in results]
         labels.append(draw_panel(grid[row][column], panel, summaries, codecs))
         grid[row][column].set_title(tenant.name if row == 0 else "")

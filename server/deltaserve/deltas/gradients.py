@@ -19,7 +19,6 @@ only those of one decoder layer (deltas.recompute).
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,13 +65,14 @@ def sensitivities(
             parameter.requires_grad_(False)
         with torch.enable_grad(), recomputed(layers):
             for squares.batch in make_batches(texts, batch, model.device):
+                squares.are_watching = True
                 body = model.base_model(input_ids=squares.batch.ids, use_cache=False)
                 hidden = body.last_hidden_state.flatten(0, 1).index_select(0, squares.batch.kept)  # [kept tokens, D]
                 leaf = hidden.detach().requires_grad_()
                 for logits in _logits(model, body, leaf):
                     F.cross_entropy(logits, draw(logits, generator), reduction="sum").backward()  # type: ignore[no-untyped-call]
-                with squares.way_back():
-                    hidden.backward(leaf.grad)
+                squares.are_watching = False  # the layers that run again
+                hidden.backward(leaf.grad)
     finally:
         for handle in handles:
             handle.remove()
@@ -103,21 +103,12 @@ class _Squares:
 
     def __init__(self) -> None:
         self.batch: Batch
-        self._on_the_way_back = False
+        self.are_watching = True
         self.into: dict[str, Tensor] = {}
         self.out: dict[str, Tensor] = {}
 
-    @contextmanager
-    def way_back(self) -> Iterator[None]:
-        """Layers that run again are not watched again."""
-        self._on_the_way_back = True
-        try:
-            yield
-        finally:
-            self._on_the_way_back = False
-
     def watch(self, name: str, x: Tensor, out: Tensor) -> None:
-        if self._on_the_way_back:
+        if not self.are_watching:
             return
         self._add(self.into, name, x.detach())
         out.register_hook(lambda gradient: self._add(self.out, name, gradient))  # type: ignore[no-untyped-call]

@@ -90,7 +90,7 @@ class DecodeGraphs:
         self._prepared: Key | None = None
         self._output: Callable[..., Any] = dict  # the type of what the layers answer
         self.replays = 0
-        self.steps = {"graph": 0, "kernels": 0}  # of decode steps, by what ran them
+        self.misses = 0  # decode steps that ran kernel by kernel
         self.work = True
         self._layers = model.get_decoder()  # type: ignore[no-untyped-call]
         self._run_layers, self._embed = self._layers.forward, embedding
@@ -101,8 +101,8 @@ class DecodeGraphs:
 
         `positions` int64 [T]."""
         prepared = self._fill(step, positions)
-        if len(step.spans) == step.num_rows:
-            self.steps["kernels" if prepared is None else "graph"] += 1
+        if prepared is None and len(step.spans) == step.num_rows:
+            self.misses += 1
         return prepared
 
     def _fill(self, step: Step, positions: Tensor) -> FusedStep | None:

@@ -62,7 +62,7 @@ class TransformersModel(ServedModel):
 
     @property
     def decode_steps(self) -> Mapping[str, int]:
-        return {} if self.graphs is None else self.graphs.steps
+        return {} if self.graphs is None else {"graph": self.graphs.replays, "kernels": self.graphs.misses}
 
     @property
     def num_paged_layers(self) -> int:
