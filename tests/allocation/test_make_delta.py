@@ -105,9 +105,14 @@ def test_a_fine_tune_of_no_layer_has_nothing_to_share(tiny_base: Path, tmp_path:
     assert artifact.manifest.layers == {}
 
 
-def test_a_lone_layer_is_judged_as_the_whole_model_would_be(tiny_base: Path, tiny_finetune: Path) -> None:
+@pytest.mark.parametrize("cap", [None, 1.0])
+def test_a_lone_layer_is_judged_as_the_whole_model_would_be(
+    tiny_base: Path, tiny_finetune: Path, cap: float | None
+) -> None:
     base, tuned = Checkpoint.open(tiny_base), Checkpoint.open(tiny_finetune)
     model = load_reference(base, None, tuned, torch.float32)
+    if cap:
+        model.lm_head.register_forward_hook(lambda module, args, logits: cap * torch.tanh(logits / cap))
     tokens = [1, 40, 30, 20, 10, 50]
     lone = LoneLayers(model, [Text(tokens, start=3), Text(tokens[:4])])
     unchanged = lone.divergence(DOWN, tuned.tensor(DOWN).float())

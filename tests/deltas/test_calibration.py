@@ -17,6 +17,8 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -59,6 +61,9 @@ def make_model(name: str) -> PreTrainedModel:
         if name == "gemma2":  # logits within 1 after tanh; eager attention, which SDPA has no caps for
             config = Gemma2Config(**SIZES, final_logit_softcapping=1.0, attn_implementation="eager")
             return Gemma2ForCausalLM(config).eval()
+        if name == "opt":  # a decoder within the model that is within the model
+            sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
+            return OPTForCausalLM(OPTConfig(**sizes, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=16)).eval()
         if name == "mixtral":
             return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2)).eval()
         return Qwen3ForCausalLM(Qwen3Config(**SIZES)).eval()
@@ -80,7 +85,7 @@ def whole_forward(model: PreTrainedModel, texts: list[Text]) -> dict[str, Tensor
         seen: dict[str, Tensor] = {}
         handles = [
             linear.register_forward_pre_hook(
-                lambda module, args, name=name, seen=seen: seen.update({name: args[0][0].double()})
+                lambda module, args, name=name, seen=seen: seen.update({name: args[0].flatten(0, -2).double()})
             )
             for name, linear in linears_of(model).items()
         ]
@@ -189,31 +194,40 @@ def test_a_model_without_a_list_of_layers_is_refused() -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize(
     ("kind", "linear"),
-    [("qwen2", "1.self_attn.k"), ("qwen2", "2.mlp.down"), ("gemma2", "1.mlp.up"), ("mixtral", "1.self_attn.o")],
+    [
+        ("qwen2", "model.layers.1.self_attn.k_proj"),
+        ("qwen2", "model.layers.2.mlp.down_proj"),
+        ("gemma2", "model.layers.1.mlp.up_proj"),
+        ("mixtral", "model.layers.1.self_attn.o_proj"),
+        ("opt", "model.decoder.layers.1.fc1"),
+    ],
 )
 def test_sensitivities_are_the_squares_of_autograd(
     kind: str, linear: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """g_t is the gradient of what is added to the output at token t; with x_t it gives the weight's own gradient."""
     monkeypatch.setattr("deltaserve.deltas.gradients.draw", lambda logits, generator: logits.argmin(-1))
-    monkeypatch.setattr("deltaserve.deltas.recompute.CHUNK_LOGITS", 5 * 64)
-    model, name = make_model(kind), f"model.layers.{linear}_proj.weight"
+    monkeypatch.setattr("deltaserve.deltas.head.CHUNK_LOGITS", 5 * 64)
+    model, name = make_model(kind), f"{linear}.weight"
     module = linears_of(model)[name]
     fisher_out, moment_in = torch.zeros(module.out_features), torch.zeros(module.in_features)
     total = sum(text.weight * len(text.tokens) for text in TEXTS)
     for text in TEXTS:
         seen: list[Tensor] = []
-        added = torch.zeros(1, len(text.tokens), module.out_features, requires_grad=True)
+        added = torch.zeros(len(text.tokens), module.out_features, requires_grad=True)
         handle = module.register_forward_hook(
-            lambda _, args, out, seen=seen, added=added: (seen.append(args[0].detach()), out + added)[1]
+            lambda _, args, out, seen=seen, added=added: (
+                seen.append(args[0].detach().flatten(0, -2)),  # OPT's are [T, D] in its MLPs
+                out + added.view_as(out),
+            )[1]
         )
         logits = model(torch.tensor([text.tokens])).logits[0]
         handle.remove()
         loss = F.cross_entropy(logits, logits.argmin(-1), reduction="sum")
         g, of_weight = torch.autograd.grad(loss, (added, module.weight))
-        assert torch.allclose(g[0].T @ seen[0][0], of_weight, atol=1e-4)
-        fisher_out += text.weight / total * g[0].square().sum(0)
-        moment_in += text.weight / total * seen[0][0].square().sum(0)
+        assert torch.allclose(g.T @ seen[0], of_weight, atol=1e-4)
+        fisher_out += text.weight / total * g.square().sum(0)
+        moment_in += text.weight / total * seen[0].square().sum(0)
     found = sensitivities(model, TEXTS, batch=batch)[name]
     assert (found.fisher_out.dtype, found.moment_in.dtype) == (torch.float32, torch.float32)
     assert torch.allclose(found.fisher_out, fisher_out, rtol=1e-3, atol=1e-7)

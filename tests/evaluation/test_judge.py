@@ -10,16 +10,15 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaserve.deltas.checkpoint import Checkpoint
+from deltaserve.deltas.head import Head
 from deltaserve.deltas.reference_model import load_reference
 from deltaserve.deltas.restore import restore
 from deltaserve.errors import CheckpointError
 from deltaserve.evaluation.judge import Judge
 from deltaserve.evaluation.predictions import (
     BATCH_TOKENS,
-    Head,
     Predictions,
     batches,
-    check_head,
     predictions_in_chunks,
 )
 
@@ -106,21 +105,11 @@ def test_predictions_over_other_vocabularies_are_not_compared(
 
 
 @torch.inference_mode()
-def test_a_model_that_changes_its_logits_after_the_head_is_refused(tiny_base: Path) -> None:
+def test_products_on_bfloat16_units_lose_nothing_and_leave_no_setting_behind(tiny_base: Path) -> None:
     model = load_reference(Checkpoint.open(tiny_base), None, None, torch.bfloat16)
-    check_head(model, [5, 6, 7])
-    model.lm_head.register_forward_hook(lambda _module, _inputs, logits: 3 * torch.tanh(logits / 3))
-    with pytest.raises(CheckpointError, match="its logits are not those of a linear head"):
-        check_head(model, [5, 6, 7])
-
-
-def test_products_on_bfloat16_units_lose_nothing_and_leave_no_setting_behind() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(300, 64, generator=generator).bfloat16()
-    hidden = torch.randn(50, 64, generator=generator).bfloat16()
-    model = Predictions(Head(weight.float(), None), hidden)
-    parts = [log_p for _, (log_p,) in predictions_in_chunks(model)]
-    exact = F.log_softmax(hidden.double() @ weight.double().T, -1)
+    hidden = torch.randn(50, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    parts = [log_p for _, (log_p,) in predictions_in_chunks(Predictions(Head(model, exact=True), hidden))]
+    exact = F.log_softmax(hidden.double() @ model.lm_head.weight.double().T, -1)
     assert float((torch.cat(parts) - exact).abs().max()) < 2e-5
     assert torch.get_float32_matmul_precision() == "highest"
 

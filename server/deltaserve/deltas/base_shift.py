@@ -13,9 +13,7 @@ and the steps are ours.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -26,14 +24,15 @@ from torch.utils.checkpoint import checkpoint
 from deltaserve.codecs.base import CodingError, decode
 from deltaserve.deltas.calibration import decoder_layers, layer_linears, make_batches
 from deltaserve.deltas.compress import Scalars, write_artifact
+from deltaserve.deltas.head import Head
 from deltaserve.deltas.manifest import ErrorSpec
-from deltaserve.deltas.recompute import recomputed, tokens_at_once
+from deltaserve.deltas.recompute import recomputed
 from deltaserve.deltas.reference_model import load_reference
 from deltaserve.deltas.tensorfile import TensorFileWriter
 from deltaserve.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -81,25 +80,23 @@ def fit_scalars(
         raise CheckpointError(f"{len(texts)} texts are too few to fit scalars: at least {BATCH + 1} are needed")
     held_out = lessons[HELD_OUT - 1 :: HELD_OUT] or lessons[-1:]
     fitted = [lesson for lesson in lessons if not any(lesson is held for held in held_out)]
-    student = load_reference(base, artifact, None, torch.bfloat16)
-    with _student(student, base, artifact, span) as knobs:
-        chosen = [*(knobs.gammas if numbers != "shift" else []), *(knobs.shifts if numbers != "gamma" else [])]
-        before = _mean_divergence(student, held_out)
-        rates = [RATE if any(knob is gamma for gamma in knobs.gammas) else SHIFT_RATE for knob in chosen]
-        optimizer = torch.optim.Adam([{"params": [k], "lr": r} for k, r in zip(chosen, rates, strict=True)])
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        generator = torch.Generator().manual_seed(0)
-        for step in range(steps):
-            if progress:
-                progress("fitting scalars", step, steps)
-            lesson = fitted[int(torch.randint(len(fitted), (), generator=generator))]
-            optimizer.zero_grad()
-            _divergence(student, lesson).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-        after = _mean_divergence(student, held_out)
-        found = knobs.scalars()
-    return Fit(before, after, found if after < before else {})
+    student = _Student(base, artifact, span)
+    gammas = student.knobs.gammas if numbers != "shift" else []
+    shifts = student.knobs.shifts if numbers != "gamma" else []
+    before = student.mean_divergence(held_out)
+    optimizer = torch.optim.Adam([{"params": k, "lr": r} for k, r in ((gammas, RATE), (shifts, SHIFT_RATE)) if k])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        if progress:
+            progress("fitting scalars", step, steps)
+        lesson = fitted[int(torch.randint(len(fitted), (), generator=generator))]
+        optimizer.zero_grad()
+        student.divergence(lesson).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    after = student.mean_divergence(held_out)
+    return Fit(before, after, student.knobs.scalars() if after < before else {})
 
 
 def find_gamma(
@@ -115,16 +112,15 @@ def find_gamma(
     KL(γ) on the texts is followed down from 1 until it rises; of those near the least the largest is taken: texts that
     are not of the task prefer a smaller one than the task does (decision 0026). Raises CheckpointError."""
     lessons = _lessons(load_reference(base, None, finetuned, torch.bfloat16), texts)
-    student = load_reference(base, artifact, None, torch.bfloat16)
+    student = _Student(base, artifact, "task")
     found: dict[float, float] = {}
-    with _student(student, base, artifact, "task") as knobs, torch.no_grad():
-        for gamma in (1.0, *GAMMAS):
-            if progress:
-                progress("weighing noise", len(found), 1 + len(GAMMAS))
-            knobs.gammas[0].fill_(gamma)
-            found[gamma] = _mean_divergence(student, lessons)
-            if found[gamma] > min(found.values()):
-                break
+    for gamma in (1.0, *GAMMAS):
+        if progress:
+            progress("weighing noise", len(found), 1 + len(GAMMAS))
+        student.knobs.gammas[0].data.fill_(gamma)
+        found[gamma] = student.mean_divergence(lessons)
+        if found[gamma] > min(found.values()):
+            break
     return max(gamma for gamma, divergence in found.items() if divergence <= NEAR * min(found.values()))
 
 
@@ -170,65 +166,64 @@ class _Knobs:
         }
 
 
-@contextmanager
-def _student(model: PreTrainedModel, base: Checkpoint, artifact: Artifact, span: Span) -> Iterator[_Knobs]:
+class _Student:
     """The restored model with its linears taken apart into base and delta, and the numbers between them."""
-    prefix, layers = decoder_layers(model)
-    linears = {n: m for n, m in layer_linears(prefix, layers).items() if n in artifact.manifest.layers}
-    if not linears:
-        raise CheckpointError("the artifact compresses no linear layer: there is nothing to scale")
-    knobs = _Knobs(list(linears), span)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for name, linear in linears.items():
-        weight = linear.weight
-        linear.weight = nn.Parameter(base.tensor(name).to(weight), requires_grad=False)
-        delta = decode(artifact.terms(name)).to(weight)
-        linear.forward = partial(_mixed, linear, delta, *knobs[name])  # type: ignore[method-assign]
-    try:
-        with recomputed(layers):
-            yield knobs
-    finally:
-        for linear in linears.values():
-            vars(linear).pop("forward", None)
+
+    def __init__(self, base: Checkpoint, artifact: Artifact, span: Span) -> None:
+        self._model = load_reference(base, artifact, None, torch.bfloat16)
+        self._head = Head(self._model)
+        prefix, self._layers = decoder_layers(self._model)
+        linears = {n: m for n, m in layer_linears(prefix, self._layers).items() if n in artifact.manifest.layers}
+        if not linears:
+            raise CheckpointError("the artifact compresses no linear layer: there is nothing to scale")
+        self._model.requires_grad_(False)
+        self.knobs = _Knobs(list(linears), span)
+        for name, linear in linears.items():
+            weight, delta = base.tensor(name).to(linear.weight), decode(artifact.terms(name)).to(linear.weight)
+            apart = _Apart(weight, delta, linear.bias, *self.knobs[name])
+            self._model.set_submodule(name.removesuffix(".weight"), apart)
+
+    def divergence(self, lesson: _Lesson) -> Tensor:
+        """KL(teacher ‖ student), mean over the tokens of a batch that are predicted."""
+        with recomputed(self._layers):
+            hidden = lesson.batch.hidden(self._model)
+        pieces = zip(self._head.pieces(lesson.wanted), self._head.pieces(hidden), strict=True)
+        parts = [checkpoint(_summed, lesson.head, self._head, *piece, use_reentrant=False) for piece in pieces]
+        return torch.stack(parts).sum() / len(lesson.wanted)
+
+    @torch.no_grad()
+    def mean_divergence(self, lessons: Sequence[_Lesson]) -> float:
+        return sum(float(self.divergence(lesson)) for lesson in lessons) / len(lessons)
 
 
-def _mixed(linear: nn.Linear, delta: Tensor, gamma: Tensor, shift: Tensor, x: Tensor) -> Tensor:
-    out = F.linear(x, linear.weight) * (1 + shift) + F.linear(x, delta) * gamma
-    out = out.to(x.dtype)
-    return out if linear.bias is None else out + linear.bias
+class _Apart(nn.Module):
+    """y = (1 + λ) · x·weightᵀ + γ · x·deltaᵀ + bias"""
+
+    def __init__(self, weight: Tensor, delta: Tensor, bias: Tensor | None, gamma: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.weight, self.delta, self.bias, self.gamma, self.shift = weight, delta, bias, gamma, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight) * (1 + self.shift) + F.linear(x, self.delta) * self.gamma
+        out = out.to(x.dtype)
+        return out if self.bias is None else out + self.bias
 
 
 class _Lesson(NamedTuple):
     batch: Batch
     wanted: Tensor  # [n, D], the teacher's final hidden states before the tokens that are predicted
-    head: nn.Module  # the teacher's
+    head: Head  # the teacher's
 
 
+@torch.no_grad()
 def _lessons(teacher: PreTrainedModel, texts: Sequence[Text]) -> list[_Lesson]:
-    head: nn.Module = teacher.get_output_embeddings()  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        batches = make_batches(texts, BATCH, teacher.device)
-        return [_Lesson(batch, batch.hidden(teacher), head) for batch in batches]
+    head = Head(teacher)
+    batches = make_batches(texts, BATCH, teacher.device)
+    return [_Lesson(batch, batch.hidden(teacher), head) for batch in batches]
 
 
-def _mean_divergence(student: PreTrainedModel, lessons: Sequence[_Lesson]) -> float:
-    with torch.no_grad():
-        return sum(float(_divergence(student, lesson)) for lesson in lessons) / len(lessons)
-
-
-def _divergence(student: PreTrainedModel, lesson: _Lesson) -> Tensor:
-    """KL(teacher ‖ student), mean over the tokens of a batch that are predicted."""
-    heads: tuple[nn.Module, nn.Module] = lesson.head, student.get_output_embeddings()  # type: ignore[no-untyped-call]
-    tokens = tokens_at_once(student)
-    pieces = zip(torch.split(lesson.wanted, tokens), torch.split(lesson.batch.hidden(student), tokens), strict=True)
-    parts = [checkpoint(_summed, *heads, *piece, use_reentrant=False) for piece in pieces]
-    return torch.stack(parts).sum() / len(lesson.wanted)
-
-
-def _summed(teacher: nn.Module, student: nn.Module, wanted: Tensor, hidden: Tensor) -> Tensor:
+def _summed(teacher: Head, student: Head, wanted: Tensor, hidden: Tensor) -> Tensor:
     """KL summed over tokens, of two heads for their hidden states [n, D]."""
     with torch.no_grad():
-        log_p = F.log_softmax(teacher(wanted).float(), -1)
-    log_q = F.log_softmax(student(hidden).float(), -1)
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        log_p = teacher.log_p(wanted)
+    return F.kl_div(student.log_p(hidden), log_p, reduction="sum", log_target=True)

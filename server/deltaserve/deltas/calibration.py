@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deltaserve.deltas.reference_model import encode_row, exact_products
+from deltaserve.deltas.reference_model import encode_row, exact_products, replaced_forwards
 from deltaserve.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -57,11 +57,6 @@ class Batch(NamedTuple):
         """The final hidden states [n, D], at `predicting`."""
         hidden: Tensor = model.base_model(input_ids=self.ids, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, self.predicting)
-
-    def logits(self, model: PreTrainedModel) -> Tensor:
-        """float32 [n, V], at `predicting`."""
-        logits: Tensor = model.get_output_embeddings()(self.hidden(model)).float()  # type: ignore[no-untyped-call]
-        return logits
 
 
 def load_texts(
@@ -241,12 +236,7 @@ def _record(
         calls[index].append((args, kwargs))
         return hidden_states
 
-    try:
-        for index, layer in enumerate(layers):
-            layer.forward = partial(forward, index)
+    with replaced_forwards({layer: partial(forward, index) for index, layer in enumerate(layers)}):
         for batch in batches:
             model.base_model(input_ids=batch.ids, use_cache=False)  # without the output head
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
     return hidden, calls

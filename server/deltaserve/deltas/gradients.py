@@ -26,14 +26,14 @@ import torch
 import torch.nn.functional as F
 
 from deltaserve.deltas.calibration import Batch, Text, decoder_layers, layer_linears, make_batches
-from deltaserve.deltas.recompute import recomputed, tokens_at_once
+from deltaserve.deltas.head import Head
+from deltaserve.deltas.recompute import recomputed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
-    from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def sensitivities(
     """
     prefix, layers = decoder_layers(model)
     linears = layer_linears(prefix, layers)
+    head = Head(model)
     squares = _Squares()
     handles = [
         linear.register_forward_hook(lambda module, args, out, name=name: squares.watch(name, args[0], out))
@@ -69,7 +70,8 @@ def sensitivities(
                 body = model.base_model(input_ids=squares.batch.ids, use_cache=False)
                 hidden = body.last_hidden_state.flatten(0, 1).index_select(0, squares.batch.kept)  # [kept tokens, D]
                 leaf = hidden.detach().requires_grad_()
-                for logits in _logits(model, body, leaf):
+                for piece in head.pieces(leaf):
+                    logits = head(piece)
                     F.cross_entropy(logits, draw(logits, generator), reduction="sum").backward()  # type: ignore[no-untyped-call]
                 squares.are_watching = False  # the layers that run again
                 hidden.backward(leaf.grad)
@@ -84,18 +86,6 @@ def sensitivities(
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """A token of each row's distribution, int64 [rows]."""
     return torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-
-
-def _logits(model: PreTrainedModel, body: BaseModelOutputWithPast, hidden: Tensor) -> Iterator[Tensor]:
-    """float32 [some tokens, V] of final hidden states [T, D], piece by piece, by the model's own head, scales
-    and caps; `body`: what its body has returned, whose hidden states are lost."""
-    model.base_model.forward = lambda *_, **__: body
-    try:
-        for piece in torch.split(hidden, tokens_at_once(model)):
-            body.last_hidden_state = piece[None]
-            yield model(inputs_embeds=body.last_hidden_state, use_cache=False).logits[0].float()
-    finally:
-        vars(model.base_model).pop("forward", None)
 
 
 class _Squares:

@@ -9,16 +9,18 @@ The model is to be in float32: one coded layer moves predictions by less than bf
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from deltaserve.deltas.calibration import decoder_layers, layer_linears, make_batches
+from deltaserve.deltas.head import Head
+from deltaserve.deltas.reference_model import replaced_forwards
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -34,7 +36,7 @@ class LoneLayers:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, texts: Sequence[Text]) -> None:
         prefix, layers = decoder_layers(model)
-        self._model, self._layers = model, list(layers)
+        self._model, self._head, self._layers = model, Head(model), list(layers)
         self._linears = {
             name: (index, linear)
             for index, layer in enumerate(layers)
@@ -55,7 +57,7 @@ class LoneLayers:
                 for layer in self._layers
             ]
             try:
-                self._log_p.append(F.log_softmax(batch.logits(model), -1))
+                self._log_p.append(self._head.log_p(batch.hidden(model)))
             finally:
                 for handle in handles:
                     handle.remove()
@@ -72,19 +74,14 @@ class LoneLayers:
         try:
             parts = []
             for batch, reads, log_p in zip(self._batches, self._reads, self._log_p, strict=True):
-                with self._from_layer(index, reads[index]):
-                    log_q = F.log_softmax(batch.logits(self._model), -1)
+                given = dict.fromkeys(self._layers[:index], partial(_given, reads[index]))
+                with replaced_forwards(given):
+                    log_q = self._head.log_p(batch.hidden(self._model))
                 parts.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1, dtype=torch.float64))
         finally:
             linear.weight.data = before
         return torch.cat(parts).cpu() if parts else torch.zeros(0, dtype=torch.float64)
 
-    @contextmanager
-    def _from_layer(self, index: int, hidden: Tensor) -> Iterator[None]:
-        try:
-            for layer in self._layers[:index]:
-                layer.forward = lambda *args, **kwargs: hidden
-            yield
-        finally:
-            for layer in self._layers[:index]:
-                vars(layer).pop("forward", None)
+
+def _given(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,8 +11,9 @@ from deltaserve.deltas.restore import restored_names, restored_tensor
 from deltaserve.errors import CheckpointError, TemplateError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from deltaserve.deltas.artifact import Artifact
@@ -78,6 +79,22 @@ def encode_row(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> 
     after: list[int] = tokenizer(answer, add_special_tokens=False).input_ids
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     return before, after + end
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, modules run other functions; their hooks run as before."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
 
 
 @contextmanager

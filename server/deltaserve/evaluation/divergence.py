@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deltaserve.deltas.head import Head
 from deltaserve.deltas.reference_model import load_reference
-from deltaserve.evaluation.predictions import Head, Predictions, check_head, final_hidden, mean_divergence
+from deltaserve.evaluation.predictions import Predictions, final_hidden, mean_divergence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,8 +41,7 @@ class Divergence:
 
     @torch.inference_mode()
     def _predictions(self, model: PreTrainedModel) -> dict[str, Predictions]:
-        head = Head.of(model)
-        check_head(model, next(iter(self._texts.values()))[0])
+        head = Head(model, exact=True)
         return {
             kind: Predictions(head, final_hidden(model, texts, list(map(len, texts)), ROWS, lambda _: None))
             for kind, texts in self._texts.items()

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from deltaserve.deltas.companions import end_ids, load_tokenizer
+from deltaserve.deltas.head import Head
 from deltaserve.deltas.reference_model import load_reference
 from deltaserve.deltas.validate import check_against_base, check_numbers
 from deltaserve.errors import CheckpointError
@@ -27,10 +28,8 @@ from deltaserve.evaluation.general import GENERAL_TOKENS, windows
 from deltaserve.evaluation.greedy import greedy_answers
 from deltaserve.evaluation.predictions import (
     Advance,
-    Head,
     Predictions,
     batches,
-    check_head,
     final_hidden,
     mean_divergence,
     predictions_in_chunks,
@@ -118,7 +117,7 @@ class Judge:
         """The base without any delta; None where its vocabulary is not the fine-tune's."""
         advance("loading the base")
         model = load_reference(self._base, None, None, self._dtype)
-        if self._finetuned and Head.of(model).vocab_size != self._finetuned.answers.head.vocab_size:
+        if self._finetuned and Head(model).vocab_size != self._finetuned.answers.head.vocab_size:
             return None
         return self._measure(model, advance)[0]
 
@@ -128,7 +127,6 @@ class Judge:
         embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
         if largest >= embedding.shape[0]:
             raise CheckpointError(f"{type(model).__name__}: the task has token {largest}, the model has not so many")
-        check_head(model, self._asked[0])
         run, finetuned = self._run(model, advance), self._finetuned
         if finetuned and finetuned.answers.head.vocab_size != run.answers.head.vocab_size:
             raise CheckpointError(
@@ -163,7 +161,7 @@ class Judge:
         ), run
 
     def _run(self, model: PreTrainedModel, advance: Advance) -> _Run:
-        head = Head.of(model)
+        head = Head(model, exact=True)
         lengths = [len(example.answer) for example in self._examples]
         answers = final_hidden(model, self._asked, lengths, self._batch, advance)
         if not self._general:

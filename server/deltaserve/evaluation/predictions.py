@@ -1,9 +1,8 @@
 """What a model predicts at many positions, kept small: its final hidden states and its output head.
 
-    log p = log-softmax(hidden · headᵀ + bias)        hidden [T, D] in the model's type, log p float32 [T, V]
+    log p = log-softmax(head(hidden))        hidden [T, D] in the model's type, log p float32 [T, V]
 
-Log-probabilities would take V / D times the memory (85 times for a vocabulary of 49 152 at hidden size 576), so they
-are made again, some positions at a time, each time they are needed.
+Log-probabilities are made again, some positions at a time, each time they are needed.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from deltaserve.deltas.reference_model import exact_products
-from deltaserve.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,31 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from deltaserve.deltas.head import Head
+
 BATCH_TOKENS = 4096  # read at once, padding included
-CHUNK_LOGITS = 2**23  # made at once
-HEAD_TOLERANCE = 0.02  # relative, ‖·‖₂: several times what bfloat16 rounds
 Advance = Callable[[str], None]  # told the name of the step that begins
-
-
-class Head(NamedTuple):
-    """The last linear layer of a model."""
-
-    weight: Tensor  # float32 [V, D]
-    bias: Tensor | None  # float32 [V]
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Head:
-        layer = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        bias = getattr(layer, "bias", None)
-        return cls(layer.weight.detach().float(), None if bias is None else bias.detach().float())
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.weight.shape[0])
-
-    def log_p(self, hidden: Tensor) -> Tensor:
-        """float32 [T, V]"""
-        return F.log_softmax(F.linear(hidden.float(), self.weight, self.bias), dim=-1)
 
 
 class Predictions(NamedTuple):
@@ -57,10 +34,10 @@ class Predictions(NamedTuple):
 
 def predictions_in_chunks(*models: Predictions) -> Iterator[tuple[slice, list[Tensor]]]:
     """Positions, and log p float32 [positions, V] of every model at them. All have the same number of positions."""
-    step = max(1, CHUNK_LOGITS // models[0].head.vocab_size)
-    with exact_products(models[0].hidden.dtype):
-        for start in range(0, len(models[0].hidden), step):
-            part = slice(start, start + step)
+    first, start = models[0], 0
+    with exact_products(first.hidden.dtype):
+        for piece in first.head.pieces(first.hidden):
+            part = slice(start, start := start + len(piece))
             yield part, [model.head.log_p(model.hidden[part]) for model in models]
 
 
@@ -86,17 +63,6 @@ def final_hidden(
         body = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         kept.update({index: body.last_hidden_state[row, -keep[index] :].clone() for row, index in enumerate(part)})
     return torch.cat([kept[index] for index in range(len(sequences))])
-
-
-def check_head(model: PreTrainedModel, ids: list[int]) -> None:
-    """Raises CheckpointError where logits are more than a linear layer of hidden states (soft caps, scales)."""
-    tokens = torch.tensor([ids], device=model.device)
-    logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-    head = Head.of(model)
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0, -1].float()
-    ours = F.linear(hidden, head.weight, head.bias)
-    if float((logits - ours).norm()) > HEAD_TOLERANCE * float(ours.norm()):
-        raise CheckpointError(f"{type(model).__name__}: its logits are not those of a linear head; it is not judged")
 
 
 def batches(sequences: Sequence[list[int]], rows: int) -> list[list[int]]:
