@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GraniteConfig
 
 from deltaserve.codecs.auto import Auto
 from deltaserve.codecs.bitdelta import BitDelta
 from deltaserve.codecs.delta_svd import DeltaSvd
 from deltaserve.deltas.base_shift import find_gamma, fit_scalars, rescaled
-from deltaserve.deltas.calibration import load_texts
+from deltaserve.deltas.calibration import Text, load_texts
 from deltaserve.deltas.checkpoint import Checkpoint
 from deltaserve.deltas.companions import load_tokenizer
 from deltaserve.deltas.compress import Scalars, compress
 from deltaserve.deltas.prepare import make_delta
+from deltaserve.deltas.reference_model import load_reference
 from deltaserve.deltas.restore import restored_tensor
 from deltaserve.errors import CheckpointError
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from deltaserve.deltas.artifact import Artifact
-    from deltaserve.deltas.calibration import Text
 
 GAMMA, SHIFT = 0.6, 0.05
 
@@ -135,6 +136,35 @@ def test_one_gamma_is_found_where_less_of_the_delta_is_nearer(
     base = Checkpoint.open(tiny_base)
     assert find_gamma(base, Checkpoint.open(tuned), whole, texts) == 1.0
     assert find_gamma(base, Checkpoint.open(blended), whole, texts) == pytest.approx(GAMMA, abs=0.11)
+
+
+def test_the_distance_is_that_of_the_models_whose_logits_are_scaled(tmp_path: Path) -> None:
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.1,
+    }
+    config = GraniteConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, logits_scaling=8.0)
+    for seed, name in enumerate(("base", "tuned")):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / name)
+    base, finetuned = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "tuned")
+    artifact = compress(base, finetuned, BitDelta(), tmp_path / "delta.safetensors")
+    texts = [
+        Text([(7 * start + 3 * place) % 97 for place in range(9)]) for start in range(9)
+    ]  # the last one is held out
+    models = [
+        load_reference(base, artifact, None, torch.bfloat16),
+        load_reference(base, None, finetuned, torch.bfloat16),
+    ]
+    ids = torch.tensor([texts[-1].tokens])  # held out
+    with torch.no_grad():
+        log_q, log_p = (model(input_ids=ids).logits[0, :-1].float().log_softmax(-1) for model in models)
+    found = fit_scalars(base, finetuned, artifact, texts, steps=1)
+    assert found.before == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=0.05)
 
 
 def test_auto_takes_less_of_a_delta_whose_noise_is_loud(tiny_base: Path, tuned: Path, tmp_path: Path) -> None:
