@@ -88,17 +88,13 @@ class Tenant:
 
     def live(self) -> None:
         """Until the town has ended."""
-        steps = list(STEPS)
-        weights = [STEPS[step] for step in steps]
-        resting = False
+        steps, weights = list(STEPS), list(STEPS.values())
         while not self.town.ended.is_set():
             if not self.town.running.is_set():
-                if not resting:
-                    self.town.resting.release()
-                resting = True
-                self.town.running.wait(0.2)
+                self.town.resting.release()
+                while not (self.town.running.wait(0.2) or self.town.ended.is_set()):
+                    pass
                 continue
-            resting = False
             try:
                 self.rng.choices(steps, weights)[0](self)
             except httpx.TimeoutException as error:
@@ -363,19 +359,7 @@ def settled(town: Town, num_tenants: int) -> dict[str, Any]:
     stored = {path.stem for path in (town.server.store / "objects").glob("*/*")}
     if owned != stored:
         town.problem(f"{len(stored - owned)} objects of nobody, {len(owned - stored)} missing")
-    return {**held(), "objects": len(stored), **process_figures(town.server.process.pid)}
-
-
-def process_figures(pid: int) -> dict[str, Any]:
-    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    fields = dict(line.split(":", 1) for line in status.splitlines())
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
-    return {
-        "rss_mb": round(int(fields["VmRSS"].split()[0]) / 1000, 1),
-        "open_files": sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()),
-        "threads": int(fields["Threads"]),
-        "processes": len(children),
-    }
+    return {**held(), "objects": len(stored), **common.process_figures(town.server.process.pid)}
 
 
 def main() -> int:

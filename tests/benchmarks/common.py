@@ -98,3 +98,16 @@ def report(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     if args.json:
         args.json.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def process_figures(pid: int) -> dict[str, Any]:
+    """What a process of this machine holds now; MB resident."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+    return {
+        "rss_mb": round(int(fields["VmRSS"].split()[0]) / 1000, 1),
+        "open_files": sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()),
+        "threads": int(fields["Threads"]),
+        "processes": len(children),
+    }

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from .callers import KEY, LIMIT_BYTES
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     import openai
 
@@ -57,3 +60,29 @@ def ascii_bias(tenants: dict[str, Any]) -> dict[str, int]:
     tokenizer = tenants["tiny"].tokenizer
     texts = {token: tokenizer.decode([token]) for token in range(len(tokenizer))}
     return {str(token): 100 for token, text in texts.items() if text.isascii() and text.isalpha()}
+
+
+@pytest.fixture(scope="session")
+def imports(tenants: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("imports")
+    (root / "sign.safetensors").write_bytes(tenants["sign"].artifact)
+    return root
+
+
+@pytest.fixture(scope="session")
+def site(process: Any, tiny_base: Path, imports: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    store = tmp_path_factory.mktemp("site") / "store"
+    flags = ["--import-root", str(imports), "--max-upload-bytes", str(LIMIT_BYTES)]
+    running = process.ServerProcess(tiny_base, store, *flags, api_key=KEY)
+    try:
+        yield running.wait_ready()
+        assert running.stop() == 0, running.printed
+        assert "Traceback" not in running.printed, running.printed
+    finally:
+        running.close()
+
+
+@pytest.fixture(scope="session")
+def routes(site: Any) -> set[tuple[str, str]]:
+    paths = site.http.get("/openapi.json").json()["paths"]
+    return {(method.upper(), path) for path, methods in paths.items() for method in methods}

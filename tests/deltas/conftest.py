@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import struct
 import zlib
@@ -20,9 +21,13 @@ from deltaserve.deltas.compress import compress
 from deltaserve.deltas.restore import restore
 from deltaserve.deltas.validate import check_against_base
 from deltaserve.errors import ArtifactMismatch
+from deltaserve.ids import DeltaDigest
+
+from .shelf import NUM, Shelf
+from .storehouse import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import torch
@@ -128,3 +133,54 @@ def files() -> Any:
         manifest_text = staticmethod(manifest_text)
 
     return Files
+
+
+@pytest.fixture(scope="module")
+def shelf(
+    tiny_base: Path, make_finetune: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[DeltaDigest, Path]:
+    """A few artifacts by digest."""
+    folder = tmp_path_factory.mktemp("shelf")
+    tuned = make_finetune(tiny_base, folder / "tuned", scale=0.02, seed=1, embedding_rows=(3,))
+    found: dict[DeltaDigest, Path] = {}
+    for seed in range(NUM):
+        path = folder / f"{seed}.safetensors"
+        compress(Checkpoint.open(tiny_base), Checkpoint.open(tuned), make_codec("bitdelta"), path, seed=seed)
+        found[DeltaDigest(hashlib.sha256(path.read_bytes()).hexdigest())] = path
+    assert len(found) == NUM
+    return found
+
+
+@pytest.fixture
+def make_shelf(shelf: dict[DeltaDigest, Path]) -> Iterator[Callable[..., Shelf]]:
+    """make_shelf(**limits): closed after the test."""
+    made: list[Shelf] = []
+
+    def build(**options: Any) -> Shelf:
+        made.append(Shelf(shelf, **options))
+        return made[-1]
+
+    yield build
+    for one in made:
+        one.residency.close()
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Store]:
+    opened = Store(tmp_path)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(params=["local", "shared"])
+def shared(request: pytest.FixtureRequest) -> tuple[str, str] | None:
+    if request.param == "local":
+        return None
+    return request.getfixturevalue("postgres_url"), request.getfixturevalue("s3_url")
+
+
+@pytest.fixture
+def store(tmp_path: Path, shared: tuple[str, str] | None) -> Iterator[Store]:
+    opened = Store(tmp_path, shared)
+    yield opened
+    opened.close()

@@ -15,7 +15,7 @@ from deltaserve.engine.fairness import INPUT_COST, OUTPUT_COST, FairQueue
 from deltaserve.engine.scheduler import Scheduler
 from deltaserve.engine.types import Request
 
-from .test_scheduler import Gate, advance, make_request, plan
+from .gate import Gate, advance, make_request, plan
 
 
 def of(tenant: str, num_tokens: int = 4, max_tokens: int = 3) -> Request:

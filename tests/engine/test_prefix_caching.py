@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from deltaserve.engine.blocks import BlockPool
 from deltaserve.engine.types import Request
 
-from .test_scheduler import Gate, advance, make, make_request, plan, spans
+from .gate import Gate, advance, make, make_request, plan, spans
 
 SALT = b"a salt of this process"
 

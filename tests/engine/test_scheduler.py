@@ -2,114 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaserve.engine.blocks import BlockPool
 from deltaserve.engine.scheduler import Chunk, Scheduler
-from deltaserve.engine.types import Request, Row, SamplingParams
-from deltaserve.errors import BadRequest, ContextLengthExceeded, DeltaLoadFailed
-from deltaserve.ids import BASE_SLOT, DeltaDigest, RequestId, Slot
+from deltaserve.errors import ContextLengthExceeded, DeltaLoadFailed
+from deltaserve.ids import BASE_SLOT
 
-_serial = itertools.count()
-
-
-class Mute:
-    def push(self, token_id: int, may_stop: bool) -> tuple[str, str | None]:  # noqa: ARG002
-        return "", None
-
-    def finish(self) -> str:
-        return ""
-
-
-@dataclass
-class Gate:
-    """`slots`: what is on the device. `broken`: what fails, once for each entry."""
-
-    slots: dict[str, int] = field(default_factory=dict)
-    broken: list[str] = field(default_factory=list)
-    pins: Counter[int] = field(default_factory=Counter)
-    most: int = 99  # that can be on the device at the same time
-    wanted: list[str] = field(default_factory=list)
-    held: set[str] = field(default_factory=set)
-    late: list[int] = field(default_factory=list)  # slots to be left
-
-    def try_pin(self, digest: DeltaDigest) -> Slot | None:
-        if digest in self.broken:
-            self.broken.remove(digest)
-            raise DeltaLoadFailed(f"{digest} is broken")
-        if digest not in self.slots:
-            return None
-        self.pins[self.slots[digest]] += 1
-        return Slot(self.slots[digest])
-
-    def unpin(self, slot: Slot) -> None:
-        self.pins[slot] -= 1
-        assert self.pins[slot] >= 0
-
-    def is_ready(self, digest: DeltaDigest) -> bool:
-        return digest in self.slots or digest in self.broken
-
-    def check_together(self, digests: Collection[DeltaDigest]) -> None:
-        if len(digests) > self.most:
-            raise BadRequest("too many", param="mixture")
-
-    def want(self, digests: Sequence[DeltaDigest], held: Collection[DeltaDigest] = ()) -> None:
-        self.wanted, self.held = list(digests), set(held)
-
-    def overdue(self) -> list[Slot]:
-        late, self.late = self.late, []
-        return [Slot(slot) for slot in late]
-
-
-def make_request(num_tokens: int = 4, digest: str | None = None, *others: str | None) -> Request:
-    digests = [None if name is None else DeltaDigest(name) for name in (digest, *others)]
-    return Request(
-        id=RequestId(f"r{next(_serial)}"),
-        digest=digests[0],
-        others=tuple(Row(digest=other) for other in digests[1:]),
-        prompt_ids=list(range(num_tokens)),
-        params=SamplingParams(max_tokens=100),
-        eos_ids=frozenset(),
-        vocab_size=1000,
-        sink=Mute(),
-        emit=lambda event: None,
-    )
-
-
-def make(
-    *requests: Request, gate: Gate | None = None, blocks: int = 100, size: int = 4, seats: int = 8, budget: int = 16
-) -> Scheduler:
-    scheduler = Scheduler(BlockPool(blocks, size), gate or Gate(), max_num_seqs=seats, max_num_batched_tokens=budget)
-    for request in requests:
-        scheduler.add(request)
-    return scheduler
-
-
-def advance(chunks: list[Chunk]) -> None:
-    for chunk in chunks:
-        sampled = chunk.samples
-        chunk.request.num_computed += chunk.num_tokens
-        if sampled:
-            chunk.request.tokens.append(7)
-
-
-def spans(chunks: list[Chunk]) -> dict[str, tuple[int, int]]:
-    return {chunk.request.id: (chunk.start, chunk.num_tokens) for chunk in chunks}
-
-
-def plan(scheduler: Scheduler) -> list[Chunk]:
-    chunks, failed = scheduler.plan()
-    assert not failed
-    return chunks
+from .gate import Gate, advance, make, make_request, plan, spans
 
 
 def test_neither_scheduler_nor_blocks_imports_torch() -> None:
@@ -371,72 +276,3 @@ def check_conservation(scheduler: Scheduler, gate: Gate) -> None:
     assert all(not row.blocks for request in scheduler.waiting for row in request.rows)
     assert sum(len(request.rows) for request in scheduler.running) <= scheduler._max_num_seqs
     assert +gate.pins == Counter(row.slot for row in rows if row.pinned)
-
-
-def test_a_mixture_runs_in_all_its_models_at_once_or_not_at_all() -> None:
-    gate = Gate({"a": 0})
-    mixed, plain = make_request(4, "a", "b", None), make_request(4, "a")
-    scheduler = make(mixed, plain, gate=gate, budget=9)
-    assert spans(plan(scheduler)) == {plain.id: (0, 4)}
-    scheduler.remove(plain)
-    gate.slots["b"] = 1
-    chunks = plan(scheduler)
-    assert spans(chunks) == {mixed.id: (0, 3)}  # 9 tokens of the step over 3 rows
-    assert [(row.slot, len(row.blocks)) for row in mixed.rows] == [(0, 1), (1, 1), (BASE_SLOT, 1)]
-    advance(chunks)
-    scheduler.remove(mixed)
-    assert all((row.blocks, row.pinned) == ([], False) for row in mixed.rows)
-
-
-def test_one_waiting_mixture_keeps_what_it_has_and_a_second_one_takes_nothing() -> None:
-    """Each needs what the other could hold: with both holding, neither would ever run."""
-    gate = Gate({"a": 0, "c": 1})
-    first, second = make_request(1, "a", "b"), make_request(1, "c", "d")
-    scheduler = make(first, second, gate=gate)
-    assert plan(scheduler) == []
-    assert (+gate.pins, first.pinned, second.pinned) == (Counter({0: 1}), True, False)
-    gate.slots |= {"b": 2, "d": 3}
-    assert spans(plan(scheduler)) == {first.id: (0, 1), second.id: (0, 1)}
-    gathering, other = make_request(1, "a", "x"), make_request(1, "c", "x")
-    for request in (gathering, other):
-        scheduler.add(request)
-    plan(scheduler)
-    scheduler.remove(gathering)
-    plan(scheduler)
-    assert (gathering.pinned, other.pinned) == (False, True)
-
-
-def test_what_the_mixture_that_keeps_pins_lacks_comes_first_in_turn() -> None:
-    """Otherwise what is loaded for another in the slot it waits for would wait for the slots it holds."""
-    gate = Gate({"a": 0, "c": 1})
-    gathering, other = make_request(1, "a", "b"), make_request(1, "c", "d")
-    gathering.tenant, other.tenant = "late", "early"
-    scheduler = make(gathering, gate=gate)
-    plan(scheduler)
-    scheduler.waiting.charge("late", 100, 0)
-    scheduler.add(other)
-    plan(scheduler)
-    assert (gate.wanted, gate.held) == (["b", "c", "d"], {"a"})
-    assert gate.pins == Counter({0: 1}), "a pin for nothing would make the other's delta leave"
-
-
-@pytest.mark.parametrize(("seats", "blocks", "most"), [(1, 100, 9), (8, 3, 9), (8, 100, 1)])
-def test_a_mixture_that_could_never_run_fails_and_the_next_one_runs(seats: int, blocks: int, most: int) -> None:
-    gate = Gate({"a": 0, "b": 1}, most=most)
-    mixed, plain = make_request(5, "a", "b"), make_request(5, "a")
-    scheduler = make(mixed, plain, gate=gate, seats=seats, blocks=blocks)
-    chunks, [(request, error)] = scheduler.plan()
-    assert (request, spans(chunks)) == (mixed, {plain.id: (0, 5)})
-    assert isinstance(error, BadRequest)
-
-
-def test_a_mixture_waits_for_seats_for_all_its_models_and_none_overtakes_it() -> None:
-    running, mixed, late = make_request(1), make_request(1, None, None), make_request(1)
-    scheduler = make(running, seats=2)
-    plan(scheduler)
-    scheduler.add(mixed)
-    scheduler.add(late)
-    assert mixed.id not in spans(plan(scheduler))
-    scheduler.remove(running)
-    assert spans(plan(scheduler)) == {mixed.id: (0, 1)}
-    assert scheduler.num_free_seats == 0
