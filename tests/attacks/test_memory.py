@@ -62,6 +62,8 @@ BOMBS: dict[str, tuple[dict[str, Any], str]] = {
         "17179869184 products of a token with the table, at most 16777216",
     ),
     "a block over the matrix": (codebook(bits=2, length=COLS + 1), "blocks of 1 × 4097 in 64 × 4096"),
+    "a table of many parts": (codebook(bits=16, stages=8, turns=8, length=128), "a table of 33554432 entries"),
+    "more parts than stages": (codebook(bits=2, stages=3, turns=4), "3 stages that take turns at 4 parts of a table"),
     "a book that nobody has": (codebook(bits=9, book="gaussian"), "no gaussian book of 8 bits for 64 entries"),
     "an index of no bits": (codebook(bits=1), "a signed code of 1 bit has no index"),
     "blocks of terabytes": (

@@ -124,6 +124,8 @@ def forms(rows: int, cols: int) -> dict[str, Term]:
         "book-unsigned": make.book(7, 20, signed=False, book=Book("seeded", 3)),
         "book-stages": make.book(9, 131, stages=3, levels=make.codes(rows, bits=4)),
         "book-tile": make.book(10, 131, tile=3),
+        "book-turns": make.book(9, 44, stages=5, turns=4),
+        "book-turns-short": make.book(5, 131, tile=2, stages=3, turns=2),
         "book-large-tile": make.book(8, 33, tile=20, stages=2),
         "book-long": make.book(12, 131, tile=12),
         "book-boosted": make.book(12, 66, boosted=boosted, boosts=(len(boosted) - 1, 1)),

@@ -40,7 +40,7 @@ class BookForm:
     """A book as it is projected on: C[index][r · length + j] for r < tile."""
 
     book: Book
-    index_bits: int
+    index_bits: int  # of places in the book
     tile: int
     length: int
     segments: int
@@ -281,14 +281,15 @@ def _low_rank(term: LowRank) -> list[FusedPart] | None:
 
 
 def _book(term: Codebook) -> list[FusedPart] | None:
-    form = BookForm(term.book, term.index_bits, term.tile, term.length, term.segments)
+    form = BookForm(term.book, term.table_bits, term.tile, term.length, term.segments)
     if form.width > MAX_PROJECTION:
         return None
     codes = layout.unpack(term.codes, term.bits, term.stages * term.tiles * term.segments).long()
     by_tile = codes.view(term.stages, term.tiles, term.segments).movedim(1, 0).flatten(1)  # [tiles, entries]
     gains = torch.ones(term.stages) if term.gains is None else term.gains.float()
     values = torch.stack((gains, -gains), 1) if term.signed else gains[:, None]
-    origin = torch.arange(term.segments).repeat(term.stages) * (term.tile << term.index_bits)
+    segment, part = torch.arange(term.segments) << term.table_bits, torch.arange(term.stages) % term.turns
+    origin = (segment + (part << term.index_bits)[:, None]).flatten() * term.tile
     table = torch.arange(term.stages).repeat_interleave(term.segments) * values.shape[1]
     tensors = {
         "codes": slots.pack_entries(by_tile, term.bits),
@@ -296,8 +297,8 @@ def _book(term: Codebook) -> list[FusedPart] | None:
         "values": _floats(values),
     }
     numbers = {"BITS": term.bits, "INDEX_BITS": term.index_bits, "COUNT": by_tile.shape[1], "TILE": term.tile}
-    part = FusedPart("gather", term.rows, form, tensors, numbers, scale=2.0**form.shift)
-    return [_column(_row(part, term.row_scales()), term.column_scales())]
+    made = FusedPart("gather", term.rows, form, tensors, numbers, scale=2.0**form.shift)
+    return [_column(_row(made, term.row_scales()), term.column_scales())]
 
 
 def _grid(term: Codebook) -> list[FusedPart] | None:

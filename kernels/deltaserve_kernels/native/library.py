@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 * 2**20
-LAYOUT = 3  # of the structures that C and Python both spell out; terms.h has the same number
+LAYOUT = 4  # of the structures that C and Python both spell out; terms.h has the same number
 logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"}

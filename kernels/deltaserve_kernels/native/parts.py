@@ -24,6 +24,7 @@ from deltaserve_kernels.terms.rotated import block_matrix
 CHUNK = 64  # rows that src/chunks.c takes at once
 LARGEST_BLOCK = {"in": 1024, "out": 64}  # of a transform
 BOUND_PROJECTION = 2**18  # floats for a row of activations and a book: 256 rows at once
+PLACE_BITS = 16  # of a place in a book
 
 
 class Kind(IntEnum):
@@ -41,7 +42,7 @@ class Kind(IntEnum):
 _TRANSFORMS = {"hadamard": 1, "dct": 2}
 _NUMBERS = (
     "kind", "first", "rows", "cols", "bits", "value_bits", "group", "length", "tile", "stages", "segments", "survivors",
-    "size", "transforms", "is_signed", "t_in", "t_in_size", "t_out", "t_out_size", "input",
+    "size", "transforms", "is_signed", "t_in", "t_in_size", "t_out", "t_out_size", "input", "turns",
 )  # fmt: skip
 _POINTERS = (
     "codes", "table", "row", "col", "group_scale", "values", "signs", "gains", "dct_in", "dct_in_tail", "dct_out",
@@ -85,7 +86,9 @@ class Part:
 
     def reads_as(self, other: Part) -> bool:
         """Is what it makes of a layer's input the same?"""
-        numbers = ("length", "tile", "segments", "size", "transforms", "t_in", "t_in_size")
+        numbers = (
+            "length", "tile", "segments", "size", "transforms", "turns", "bits", "is_signed", "t_in", "t_in_size",
+        )  # fmt: skip
         mine, theirs = (
             (part.kind in (Kind.BOOK, Kind.SPARSE) and part.kind, part.cols, [part.numbers.get(n) for n in numbers])
             for part in (self, other)
@@ -250,8 +253,8 @@ def _low_rank(term: LowRank) -> Part | None:
 
 def _book(term: Codebook) -> Part | None:
     width = term.tile * term.length
-    signs = seeded_signs(term.book.stream, term.index_bits, width, "cpu")
-    if term.segments * term.tile * signs.numel() > BOUND_PROJECTION:
+    signs = seeded_signs(term.book.stream, term.table_bits, width, "cpu")
+    if term.segments * term.tile * signs.numel() > BOUND_PROJECTION or term.table_bits > PLACE_BITS:
         return None
     codes = layout.unpack(term.codes, term.bits, term.stages * term.tiles * term.segments)
     by_tile = codes.view(term.stages, term.tiles, term.segments).movedim(1, 0)  # [tiles, stages, segments]
@@ -261,7 +264,7 @@ def _book(term: Codebook) -> Part | None:
     size = seeded_size(width)
     numbers = {
         "bits": term.bits, "is_signed": int(term.signed), "length": term.length, "tile": term.tile,
-        "stages": term.stages, "segments": term.segments, "size": size, "transforms": len(signs),
+        "stages": term.stages, "segments": term.segments, "size": size, "transforms": len(signs), "turns": term.turns,
     }  # fmt: skip
     row, col = term.row_scales() / size**0.5, term.column_scales()
     if row.numel() > 1:

@@ -1,12 +1,14 @@
 """A vector quantiser: one code for a block of entries, its vector from a table that layers and tenants share. Ours.
 
-    decode[i·tile + r, s·length + j] = row · 2^((level−8)/4) · 2^−boost · Σ_k gain_k · (±) C[code_k(i, s)][r·length + j]
+    decode[i·tile + r, s·length + j] = row · 2^((level−8)/4) · 2^−boost · Σ_k gain_k · (±) C[place_k(i, s)][r·length+j]
+    place_k = index of code_k + (k mod turns) · 2^index_bits
 
 A block is a segment of `length` columns in each of `tile` consecutive rows; the last segment and the last tile may be
 shorter. Under `signed` the highest bit of a code is the sign (1 → −), the others are the index. Stages k refine one
-another with the same table. Levels belong to rows, boosts to columns: a column that carries large activations is coded
-larger than it is, and so with less noise. Segments of the input dimension are what makes it cheap to serve: see
-codebook_matmul.
+another and take turns at `turns` parts of the table: what a stage leaves is far from all vectors of its own part, and
+to another part like new (decision 0028). Levels belong to rows, boosts to columns: a column that carries large
+activations is coded larger than it is, and so with less noise. Segments of the input dimension are what makes it cheap
+to serve: see codebook_matmul.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class Codebook(Packed):
     levels: Tensor | None = None
     boosted: Tensor | None = None
     boosts: tuple[int, ...] = ()
+    turns: int = 1  # a power of two
 
     @property
     def segments(self) -> int:
@@ -63,20 +66,26 @@ class Codebook(Packed):
     def index_bits(self) -> int:
         return self.bits - self.signed
 
+    @property
+    def table_bits(self) -> int:
+        """log2 of the vectors of all parts."""
+        return self.index_bits + self.turns.bit_length() - 1
+
     def indices(self) -> tuple[Tensor, Tensor | None]:
-        """int64 [stages, tiles, segments] of 0 … 2^index_bits − 1, and what multiplies their vectors, float32: None
+        """int64 [stages, tiles, segments], places in the table, and what multiplies their vectors, float32: None
         where that is 1."""
         count = self.stages * self.tiles * self.segments
         codes = layout.unpack(self.codes, self.bits, count).long().view(self.stages, self.tiles, self.segments)
         factor = None if self.gains is None else self.gains.float()[:, None, None].expand(codes.shape)
+        part = (torch.arange(self.stages, device=codes.device) % self.turns << self.index_bits)[:, None, None]
         if not self.signed:
-            return codes, factor
+            return part + codes, factor
         sign = 1.0 - 2.0 * (codes >> self.index_bits)
-        return codes & (2**self.index_bits - 1), sign if factor is None else sign * factor
+        return part + (codes & (2**self.index_bits - 1)), sign if factor is None else sign * factor
 
     def table(self) -> Tensor:
-        """float32 [2^index_bits, tile, length]"""
-        table = self.book.table(self.index_bits, self.tile * self.length, str(self.codes.device))
+        """float32 [2^table_bits, tile, length]"""
+        table = self.book.table(self.table_bits, self.tile * self.length, str(self.codes.device))
         return table.view(-1, self.tile, self.length)
 
     def row_scales(self) -> Tensor:

@@ -4,8 +4,9 @@
     block y of Y  →  the vector C_c with the largest |⟨y, C_c⟩|, and its sign; stage after stage on what is left
     Δ̂ = the same backwards, its gain so that ⟨Δ, Δ̂⟩ = ‖Δ‖²     no direction is lost or shrunk: the noise is zero-mean
 
-C is the seeded table of `terms.Codebook`: 2^(code_bits − 1) vectors, no bits in the artifact, the same for all layers
-and tenants. A block is a segment of a row, or several whole rows below one code a row. What makes the noise harmless:
+C is a seeded table: 2^(code_bits − 1) vectors, no bits in the artifact, the same for all layers and tenants; stages
+take turns at up to `MOST_TURNS` of them, and the best choices of several stages together are looked for (codecs.
+beam_search). A block is a segment of a row, or several whole rows below one code a row. What makes the noise harmless:
 
 - bits by layer ∝ √(curvature · mean Δ²), within `spread` of the mean (`plan`);
 - boosts, from H = E[xᵀx] of the layer's input: columns that carry large activations get less noise, ∝ h^(−boost/4);
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaserve.codecs.base import LayerStats, Site
+from deltaserve.codecs.beam_search import beam_search
 from deltaserve.codecs.shares import importance, share_out
 from deltaserve.errors import CodecError
 from deltaserve_kernels import layout
@@ -34,7 +36,8 @@ from deltaserve_kernels.terms.codebook import LEVEL_BITS, LEVELS_PER_OCTAVE
 
 MAX_ENTRIES, MAX_TILE = 2**13, 2**10  # of a block
 STAGE_BITS, MAX_STAGES = 0.0625, 32
-CHUNK = 2**12  # blocks compared with the table at once
+MOST_TURNS, MAX_PRODUCTS = 4, 2**17  # tables; products of a token with them, all segments of the input together
+BEAM, SEARCHES = 4, 16  # choices that are kept from stage to stage, and searches of a block for them in all stages
 LEVELS_FROM = 0.04  # bits
 LEAST_BITS, MOST_BITS = 0.001, 4.0
 MAX_BOOST, HADAMARD = 6, 64
@@ -111,7 +114,10 @@ class SeededVq:
         elif rows > 1:
             rotation = Rotation("hadamard", HADAMARD)
             scaled = rotation.forward(scaled.T).T.contiguous()
-        codes, gains = self._search(scaled, tile, length, stages)
+        turns = self._turns(cols, tile, length, stages)
+        table_bits, beam = self.code_bits + turns.bit_length() - 2, max(1, min(BEAM, SEARCHES // stages))
+        tables = Book("seeded").table(table_bits, tile * length).view(turns, -1, tile * length)
+        codes, gains = beam_search(_blocks(scaled, tile, length), tables.unbind(), stages, beam)
         term = Codebook(
             rows=rows,
             cols=cols,
@@ -125,6 +131,7 @@ class SeededVq:
             levels=None if levels is None else layout.pack(levels, LEVEL_BITS),
             boosted=boosted,
             boosts=boosts,
+            turns=turns,
         )
         whole = Rotated(term, t_out=rotation) if rotation else term
         along = (x.double() * whole.decode()).sum()
@@ -147,29 +154,20 @@ class SeededVq:
         index_type = torch.int16 if len(boost) <= 2**15 else torch.int32
         return columns.to(index_type), tuple(counts), x * torch.exp2(boost.float())
 
-    def _search(self, x: Tensor, tile: int, length: int, stages: int) -> tuple[Tensor, Tensor]:
-        """Codes int64 [stages, tiles · segments], gains float32 [stages]. The products are taken in bfloat16, whose
-        rounding is far below the distance between the best vectors and the rest."""
-        rows, cols = x.shape
-        segments, tiles = -(-cols // length), -(-rows // tile)
-        padded = F.pad(x, (0, segments * length - cols, 0, tiles * tile - rows)).view(tiles, tile, segments, length)
-        rest = padded.transpose(1, 2).reshape(tiles * segments, tile * length)
-        table = Book("seeded").table(self.code_bits - 1, tile * length)
-        coarse, found, gains = table.bfloat16().T.contiguous(), [], []
-        for _ in range(stages):
-            index, sign = [], []
-            for start in range(0, len(rest), CHUNK):
-                product = rest[start : start + CHUNK].bfloat16() @ coarse
-                best = product.abs().argmax(1, keepdim=True)
-                index.append(best.flatten())
-                sign.append(torch.where(product.gather(1, best).flatten() < 0, -1.0, 1.0))
-            code, signs = torch.cat(index), torch.cat(sign)
-            vectors = table[code] * signs[:, None]
-            gain = (rest * vectors).sum() / vectors.square().sum()
-            rest = rest - gain * vectors
-            gains.append(gain)
-            found.append(code + (signs < 0) * 2 ** (self.code_bits - 1))
-        return torch.stack(found), torch.stack(gains)
+    def _turns(self, cols: int, tile: int, length: int, stages: int) -> int:
+        """Tables: as many as there are stages for, and as a token may be multiplied with."""
+        turns, products = 1, (-(-cols // length) * tile) << (self.code_bits - 1)
+        while 2 * turns <= min(stages, MOST_TURNS) and 2 * turns * products <= MAX_PRODUCTS:
+            turns *= 2
+        return turns
+
+
+def _blocks(x: Tensor, tile: int, length: int) -> Tensor:
+    """[tiles · segments, tile · length], zeros past the ends."""
+    rows, cols = x.shape
+    segments, tiles = -(-cols // length), -(-rows // tile)
+    padded = F.pad(x, (0, segments * length - cols, 0, tiles * tile - rows)).view(tiles, tile, segments, length)
+    return padded.transpose(1, 2).reshape(tiles * segments, tile * length)
 
 
 def _levelled(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,7 @@ def _check_memory(artifact: Artifact, base: Checkpoint) -> None:
         )
     terms = [term for layer in artifact.manifest.layers.values() for term in layer.terms]
     books = [book for term in terms if isinstance(book := getattr(term, "term", term), CodebookSpec)]
-    tables = {(book.book, book.stream, book.index_bits, book.tile * book.length): book.table_entries for book in books}
+    tables = {(book.book, book.stream, book.table_bits, book.tile * book.length): book.table_entries for book in books}
     if (num_bytes := 4 * sum(tables.values())) > MAX_TABLE_BYTES:
         raise ArtifactTooLarge(f"{len(tables)} codebooks of {num_bytes} bytes, at most {MAX_TABLE_BYTES}")
 

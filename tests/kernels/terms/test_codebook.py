@@ -15,13 +15,15 @@ from ..test_apply import check
 from ..tolerances import RELATIVE_RMS
 
 SEEDED = Book()
-FORMS = [  # rows, cols, bits, length, tile, signed, stages
-    (5, 7, 3, 3, 1, True, 1),
-    (5, 7, 4, 3, 2, False, 2),
-    (33, 65, 8, 16, 3, True, 1),
-    (33, 65, 9, 65, 1, True, 3),
-    (7, 20, 1, 4, 1, False, 1),
-    (7, 20, 12, 4, 7, True, 1),
+FORMS = [  # rows, cols, bits, length, tile, signed, stages, turns
+    (5, 7, 3, 3, 1, True, 1, 1),
+    (5, 7, 4, 3, 2, False, 2, 1),
+    (33, 65, 8, 16, 3, True, 1, 1),
+    (33, 65, 9, 65, 1, True, 3, 1),
+    (33, 65, 7, 16, 1, True, 5, 4),
+    (5, 7, 4, 3, 2, False, 3, 2),
+    (7, 20, 1, 4, 1, False, 1, 1),
+    (7, 20, 12, 4, 7, True, 1, 1),
 ]
 every_form = pytest.mark.parametrize("form", FORMS, ids=str)
 
@@ -34,6 +36,7 @@ def make(
     tile: int,
     signed: bool,
     stages: int,
+    turns: int = 1,
     *,
     book: Book = SEEDED,
     scale: str = "row",
@@ -45,7 +48,7 @@ def make(
     codes = layout.pack(torch.randint(2**bits, (stages * blocks,), generator=generator), bits)
     row = torch.rand((rows, 1) if scale == "row" else (), generator=generator) + 0.5
     gains = 0.5 ** torch.arange(stages) if stages > 1 else None
-    term = Codebook(rows, cols, bits, length, book, codes, row, tile, signed, gains)
+    term = Codebook(rows, cols, bits, length, book, codes, row, tile, signed, gains, turns=turns)
     if not fine:
         return term
     levels = layout.pack(torch.randint(16, (rows,), generator=generator), 4)
@@ -56,12 +59,14 @@ def entry(term: Codebook, i: int, j: int) -> float:
     """The definition."""
     tile, r, segment, k = i // term.tile, i % term.tile, j // term.length, j % term.length
     codes = layout.unpack(term.codes, term.bits, term.stages * term.tiles * term.segments)
-    table = term.book.table(term.index_bits, term.tile * term.length)
+    table = term.book.table(term.table_bits, term.tile * term.length)
+    vectors = 2**term.index_bits
+    assert len(table) == term.turns * vectors
     total = 0.0
     for stage, code in enumerate(codes.view(term.stages, term.tiles, term.segments)[:, tile, segment].tolist()):
         sign = -1 if term.signed and code >> term.bits - 1 else 1
         gain = 1.0 if term.gains is None else float(term.gains[stage])
-        total += sign * gain * float(table[code % 2**term.index_bits, r * term.length + k])
+        total += sign * gain * float(table[stage % term.turns * vectors + code % vectors, r * term.length + k])
     total *= float(term.row[i, 0] if term.row.dim() else term.row)
     if term.levels is not None:
         total *= 2 ** ((int(layout.unpack(term.levels, 4, term.rows)[i]) - 8) / 4)
@@ -110,7 +115,7 @@ def test_a_codebook_that_fits_on_paper() -> None:
 
 @every_form
 def test_bytes_are_codes_and_scales(form: tuple[int, int, int, int, int, bool, int]) -> None:
-    rows, cols, bits, length, tile, _, stages = form
+    rows, cols, bits, length, tile, _, stages, _ = form
     term = make(*form)
     blocks = -(-rows // tile) * -(-cols // length)
     gains = 4 * stages if stages > 1 else 0

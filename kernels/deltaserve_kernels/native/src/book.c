@@ -20,16 +20,17 @@ static inline __attribute__((always_inline)) void unpack_of(const Part *part, co
     u32 index = (1u << (bits - part->is_signed)) - 1;
     for (int k = 0; k < part->stages; k++) {
         vf gain = vset(gain_of(part, k));
+        u32 origin = (u32)(k % part->turns) * (index + 1);
         for (int s = 0; s < part->segments; s++, packed += 2 * bits, codes++) {
 #if defined(__AVX512F__)
             __m256i code = words16(packed, bits);
-            _mm256_storeu_si256((void *)codes->place, _mm256_and_si256(code, _mm256_set1_epi16((short)index)));
+            _mm256_storeu_si256((void *)codes->place, _mm256_add_epi16(_mm256_and_si256(code, _mm256_set1_epi16((short)index)), _mm256_set1_epi16((short)origin)));
             codes->minus = part->is_signed ? _mm256_movepi16_mask(_mm256_slli_epi16(code, 16 - bits)) : 0;
 #else
             codes->minus = 0;
             for (int lane = 0; lane < LANES; lane++) {
                 u32 code = code_at(packed, bits, LANES, lane);
-                codes->place[lane] = (u16)(code & index);
+                codes->place[lane] = (u16)((code & index) + origin);
                 codes->minus |= (u32)(code > index) << lane;
             }
 #endif

@@ -4,7 +4,7 @@
 
 #include "common.h"
 
-enum { LAYOUT = 3 }; /* changes with the structures below */
+enum { LAYOUT = 4 }; /* changes with the structures below */
 typedef enum { BASE_SCALE, CODED, DENSE, SPARSE, BOOK, GRID, PATCHES, VECTOR, SHARED } Kind;
 typedef enum { NO_TRANSFORM, HADAMARD, DCT } Transform;
 
@@ -16,13 +16,15 @@ typedef enum { NO_TRANSFORM, HADAMARD, DCT } Transform;
    DENSE       tiles bf16 [rows/32][cols/32][2][512], `stages` sets of them to be added up
    SPARSE      codes [rows/16][survivors] groups of 16: place << value_bits | code; starts int32 [survivors]; values [≥ 16]
    SHARED      CODED or DENSE in `survivors` columns; which, for each `tile` rows: starts int32 [rows/tile][survivors]
-   BOOK        codes [rows/tile/16][stages][segments] groups of 16; the seeded book; signs ±1 [transforms][size]; gains [stages]
+   BOOK        codes [rows/tile/16][stages][segments] groups of 16; the seeded book; signs ±1 [transforms][size]; gains [stages];
+               stages take turns at `turns` parts of the book
    GRID        codes [rows/16][segments] groups of 16; table bf16 [2^bits · length + 1]
    PATCHES     codes [patches][length/16][length/2] groups of 32; row_scale of patch k: gains[k]; starts int32 [down + 1];
                columns int32 [patches], block columns */
 typedef struct Part {
     int32_t kind, first, rows, cols, bits, value_bits, group, length, tile, stages, segments, survivors, size, transforms;
     int32_t is_signed, t_in, t_in_size, t_out, t_out_size, input; /* input: number in its list of the part whose input it shares, or its own */
+    int32_t turns;
     float scale;
     const u8 *codes;
     const u16 *table;
@@ -59,7 +61,7 @@ enum { MANY = 4 };
 static inline long width_of(const Part *part) { return ROUND_UP(part->cols, 32) + 32; }
 /* Projections on one row of a tile: as many as codes tell apart. */
 static inline int projected(const Part *part) {
-    int told = 1 << (part->bits - part->is_signed);
+    int told = part->turns << (part->bits - part->is_signed);
     return part->transforms > 1 ? part->transforms * part->size : MIN(part->size, told);
 }
 

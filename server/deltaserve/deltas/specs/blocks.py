@@ -31,6 +31,7 @@ class CodebookSpec(Strict):
     book: Literal["seeded", "gaussian"] = "seeded"
     stream: Annotated[int, Field(ge=0, lt=16)] = 0
     stages: Annotated[int, Field(ge=0, le=64)] = 0  # 0: one, without a gain
+    turns: Literal[1, 2, 4, 8] = 1
     levels: bool = False
     boosts: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=8)] = []
 
@@ -39,8 +40,12 @@ class CodebookSpec(Strict):
         return self.bits - self.signed
 
     @property
+    def table_bits(self) -> int:
+        return self.index_bits + self.turns.bit_length() - 1
+
+    @property
     def table_entries(self) -> int:
-        return (self.tile * self.length) << self.index_bits
+        return (self.tile * self.length) << self.table_bits
 
     @classmethod
     def of(cls, term: Codebook) -> CodebookSpec:
@@ -55,6 +60,7 @@ class CodebookSpec(Strict):
             book=term.book.kind,
             stream=term.book.stream,
             stages=0 if term.gains is None else len(term.gains),
+            turns=term.turns,  # type: ignore[arg-type]
             levels=term.levels is not None,
             boosts=list(term.boosts),
         )
@@ -88,6 +94,7 @@ class CodebookSpec(Strict):
             levels=read("levels") if self.levels else None,
             boosted=read("boosted") if self.boosts else None,
             boosts=tuple(self.boosts),
+            turns=self.turns,
         )
 
     def problems(self) -> list[str]:
@@ -98,11 +105,13 @@ class CodebookSpec(Strict):
             return [*found, "a signed code of 1 bit has no index"]
         if self.table_entries > MAX_TABLE:
             found.append(f"a table of {self.table_entries} entries, at most {MAX_TABLE}")
-        products = (self.tile * -(-self.cols // self.length)) << self.index_bits
+        products = (self.tile * -(-self.cols // self.length)) << self.table_bits
         if products > MAX_PROJECTION:
             found.append(f"{products} products of a token with the table, at most {MAX_PROJECTION}")
-        if self.book == "gaussian" and not Book("gaussian").exists(self.index_bits, self.tile * self.length):
-            found.append(f"no gaussian book of {self.index_bits} bits for {self.tile * self.length} entries")
+        if self.turns > max(1, self.stages):
+            found.append(f"{self.stages} stages that take turns at {self.turns} parts of a table")
+        if self.book == "gaussian" and not Book("gaussian").exists(self.table_bits, self.tile * self.length):
+            found.append(f"no gaussian book of {self.table_bits} bits for {self.tile * self.length} entries")
         return found
 
     def derived_bytes(self) -> int:
