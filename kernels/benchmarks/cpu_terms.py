@@ -56,7 +56,7 @@ def seeded_vq(rows: int, cols: int, bits: float) -> Term:
     term = Codebook(
         rows, cols, codec.code_bits, length, Book("seeded"), codes(count, bits=codec.code_bits), torch.tensor(0.01),
         tile=tile, gains=torch.rand(stages) + 0.5 if stages > 1 else None,
-        levels=codes(rows, bits=4) if bits >= LEVELS_FROM else None,
+        levels=codes(rows, bits=4) if bits >= LEVELS_FROM else None, turns=codec.turns(cols, tile, length, stages),
     )  # fmt: skip
     return term if bits >= LEVELS_FROM else Rotated(term, t_out=Rotation("hadamard", HADAMARD))
 

@@ -114,7 +114,7 @@ class SeededVq:
         elif rows > 1:
             rotation = Rotation("hadamard", HADAMARD)
             scaled = rotation.forward(scaled.T).T.contiguous()
-        turns = self._turns(cols, tile, length, stages)
+        turns = self.turns(cols, tile, length, stages)
         table_bits, beam = self.code_bits + turns.bit_length() - 2, max(1, min(BEAM, SEARCHES // stages))
         tables = Book("seeded").table(table_bits, tile * length).view(turns, -1, tile * length)
         codes, gains = beam_search(_blocks(scaled, tile, length), tables.unbind(), stages, beam)
@@ -154,7 +154,7 @@ class SeededVq:
         index_type = torch.int16 if len(boost) <= 2**15 else torch.int32
         return columns.to(index_type), tuple(counts), x * torch.exp2(boost.float())
 
-    def _turns(self, cols: int, tile: int, length: int, stages: int) -> int:
+    def turns(self, cols: int, tile: int, length: int, stages: int) -> int:
         """Tables: as many as there are stages for, and as a token may be multiplied with."""
         turns, products = 1, (-(-cols // length) * tile) << (self.code_bits - 1)
         while 2 * turns <= min(stages, MOST_TURNS) and 2 * turns * products <= MAX_PRODUCTS:
