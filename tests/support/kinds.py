@@ -109,6 +109,7 @@ def kinds(rows: int, cols: int, *, seed: int = 7, site: int = 1) -> dict[str, Te
             boosted=torch.tensor([5, 0, 7], dtype=torch.int16),
             boosts=(2, 0, 1),
         ),
+        "codebook-turns": codebook(rows, cols, 4, 5, 1, gains=torch.tensor([1.0, 0.5, 0.25]), turns=2),
         "patches": patches(4, 3),
         "placed": placed(coded(rows, half(2), 4, grid="int"), 2),
         "placed-codebook": placed(codebook(rows, half(4), 6, 3, 1), 4),
