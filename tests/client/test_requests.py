@@ -150,3 +150,17 @@ def test_any_route_can_be_asked(wire):
     assert str(wire.requests[0].url) == "http://127.0.0.1:8000/v1/admin/keys?tenant=a+b"
     wire.ask(httpx.Response(201, json={}), "request", "POST", "/v1/admin/tenants", {"name": "a"})
     assert json.loads(wire.requests[1].content) == {"name": "a"}
+
+
+@pytest.mark.parametrize(
+    ("path", "params", "sent"),
+    [
+        ("/v1/admin/keys?tenant=a%2Fb", None, "tenant=a%2Fb"),
+        ("/v1/admin/keys?tenant=a&limit=2", {"limit": "3"}, "tenant=a&limit=3"),
+        ("/v1/admin/keys", {"tenant": "a"}, "tenant=a"),
+        ("/v1/admin/keys", None, ""),
+    ],
+)
+def test_a_query_in_the_path_is_sent(wire, path, params, sent):
+    assert wire.ask(httpx.Response(200, json={"data": []}), "request", "GET", path, params=params) == {"data": []}
+    assert (wire.requests[0].url.path, wire.requests[0].url.query.decode()) == ("/v1/admin/keys", sent)
