@@ -30,13 +30,9 @@ def guarded(process: ModuleType, tiny_base: Path, tmp_path_factory: pytest.TempP
     """A server with a key, one seat, a queue of one, and a bound on uploads."""
     store = tmp_path_factory.mktemp("guarded") / "store"
     flags = ["--max-num-seqs", "1", "--max-num-queued-reqs", "1", "--max-upload-bytes", str(MAX_UPLOAD_BYTES)]
-    running = process.ServerProcess(tiny_base, store, *flags, api_key=KEY)
-    try:
+    with process.ServerProcess(tiny_base, store, *flags, api_key=KEY) as running:
         yield running.wait_ready()
-        assert running.stop() == 0, running.printed
-        assert KEY not in running.printed
-    finally:
-        running.close()
+    assert KEY not in running.printed
 
 
 @pytest.fixture(scope="session")

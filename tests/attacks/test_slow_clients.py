@@ -21,13 +21,8 @@ END_S = 30.0  # on a busy machine
 @pytest.fixture(scope="module")
 def hasty(process: Any, tiny_base: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     store = tmp_path_factory.mktemp("hasty") / "store"
-    running = process.ServerProcess(tiny_base, store, "--client-timeout-s", str(PATIENCE_S), api_key=KEY)
-    try:
+    with process.ServerProcess(tiny_base, store, "--client-timeout-s", str(PATIENCE_S), api_key=KEY) as running:
         yield running.wait_ready()
-        assert running.stop() == 0, running.printed
-        assert "Traceback" not in running.printed, running.printed
-    finally:
-        running.close()
 
 
 def connect(server: Any) -> socket.socket:

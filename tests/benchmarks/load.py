@@ -72,14 +72,10 @@ class Load:
     @contextmanager
     def server(self, figures: dict[str, Any], what: str) -> Iterator[ServerProcess]:
         began = time.monotonic()
-        server = ServerProcess(self.world.base, self.folder / "store", *FLAGS, api_key=ADMIN_KEY)
-        try:
+        with ServerProcess(self.world.base, self.folder / "store", *FLAGS, api_key=ADMIN_KEY) as server:
             server.wait_ready()
             figures.setdefault("start_s", {})[what] = round(time.monotonic() - began, 2)
             yield server
-            server.stop()
-        finally:
-            server.close()
 
     def add_tenants(self, server: ServerProcess) -> dict[str, float]:
         began = time.monotonic()

@@ -73,13 +73,8 @@ def imports(tenants: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
 def site(process: Any, tiny_base: Path, imports: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     store = tmp_path_factory.mktemp("site") / "store"
     flags = ["--import-root", str(imports), "--max-upload-bytes", str(LIMIT_BYTES)]
-    running = process.ServerProcess(tiny_base, store, *flags, api_key=KEY)
-    try:
+    with process.ServerProcess(tiny_base, store, *flags, api_key=KEY) as running:
         yield running.wait_ready()
-        assert running.stop() == 0, running.printed
-        assert "Traceback" not in running.printed, running.printed
-    finally:
-        running.close()
 
 
 @pytest.fixture(scope="session")

@@ -28,14 +28,11 @@ def made(make_tenant: Callable[..., Any]) -> dict[str, Any]:
 def crowded(
     process: Any, tiny_base: Path, made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
-    running = process.ServerProcess(tiny_base, tmp_path_factory.mktemp("crowded") / "store")
-    try:
+    with process.ServerProcess(tiny_base, tmp_path_factory.mktemp("crowded") / "store") as running:
         running.wait_ready()
         for name, tenant in made.items():
             assert running.upload(name, tenant.artifact).status_code == 201, name
         yield running
-    finally:
-        running.close()
 
 
 def test_all_codecs_in_one_batch_answer_as_what_they_restore(

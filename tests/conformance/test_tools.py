@@ -54,16 +54,12 @@ def callers(make_tenant: Callable[..., Any]) -> dict[str, Any]:
 def client(
     process: Any, tiny_base: Any, callers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[openai.OpenAI]:
-    server = process.ServerProcess(tiny_base, tmp_path_factory.mktemp("tools") / "store")
-    try:
+    with process.ServerProcess(tiny_base, tmp_path_factory.mktemp("tools") / "store") as server:
         server.wait_ready()
         for name, caller in callers.items():
             assert server.upload(name, caller.artifact).status_code == 201
         with server.client() as made:
             yield made
-        assert server.stop() == 0, server.printed
-    finally:
-        server.close()
 
 
 def check(calls: Any) -> list[str]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
-import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,6 +21,7 @@ from deltaserve.errors import (
 from .storehouse import Store, digest_of, incoming, objects
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -143,59 +141,14 @@ def test_a_file_size_limit_of_the_system_is_an_answer_and_what_was_acknowledged_
     store.close()
 
 
-CRASHING = """
-import hashlib, json, os, sys
-from pathlib import Path
-from deltaserve.deltas.files import LocalFiles
-from deltaserve.deltas.store import DeltaStore, Destination
-from deltaserve.tenants.accounts import Accounts
-from deltaserve.tenants.sqlite import SqliteRegistry
-
-def say(*words):
-    os.write(1, json.dumps(words).encode() + b"\\n")
-
-def work(i):
-    root = Path(sys.argv[1])
-    registry = SqliteRegistry(root)
-    store, owner = DeltaStore(registry, LocalFiles(root)), Accounts(registry).default
-    say("ready", os.getpid())
-    while True:
-        i += 1
-        upload = store.begin_upload(1 << 30)
-        data = hashlib.sha256(b"%d" % i).digest() * 3000
-        for start in range(0, len(data), 8192):
-            upload.write(data[start : start + 8192])
-        stored = store.commit(Destination(owner, f"n{i % 3}", "test"), upload, upload.finish(None), {"i": i})
-        upload.close()
-        say("kept", i, stored.model.name, stored.version.digest)
-
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        work(int(line))
-    os.waitpid(child, 0)
-    say("gone")
-"""
-
-
-def test_a_kill_at_any_point_keeps_what_was_acknowledged_and_nothing_half(tmp_path: Path) -> None:
-    chance, last, kept = random.Random(5), 0, {}
-    command = [sys.executable, "-c", CRASHING, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin and process.stdout
+def test_a_kill_at_any_point_keeps_what_was_acknowledged_and_nothing_half(
+    support: Callable[[str], Any], tmp_path: Path
+) -> None:
+    chance, last, kept = random.Random(5), 0, dict[str, int]()
+    with support("uploader").Uploader(str(tmp_path), None, tmp_path) as uploader:
         for _ in range(12):
-            process.stdin.write(f"{last}\n")
-            process.stdin.flush()
-            ready, pid = json.loads(process.stdout.readline())
-            assert ready == "ready"
-            deadline = time.monotonic() + chance.uniform(0.0, 0.06)
-            while time.monotonic() < deadline:
-                pass
-            os.kill(pid, signal.SIGKILL)
-            for line in iter(process.stdout.readline, '["gone"]\n'):
-                _, last, name, _ = json.loads(line)
-                kept[name] = last
-            last, kept = check_store(tmp_path, last, kept)
+            said = uploader.live(last, chance.uniform(0.0, 0.06))
+            last, kept = check_store(tmp_path, max([last, *said.values()]), kept | said)
     assert last > 3
 
 

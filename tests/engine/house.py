@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from deltaserve.engine.blocks import BlockPool
@@ -16,8 +15,10 @@ from deltaserve.engine.types import Event, Request, SamplingParams, TokenLogprob
 from deltaserve.ids import DeltaDigest, RequestId, Slot
 from deltaserve.metrics import Metrics
 
+from .gate import Gate
+
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
 
 WAIT_S = 20.0
 EOS, DAMAGED = 2, 666
@@ -40,28 +41,15 @@ class Letters:
         return "."
 
 
-class Gate:
-    def __init__(self) -> None:
-        self.slots: dict[str, int] = {}
-        self.failure: Exception | None = None
-        self.pins: Counter[int] = Counter()
+class FailingGate(Gate):
+    """`failure`: what trying it raises, until it is mended."""
+
+    failure: Exception | None = None
 
     def try_pin(self, digest: DeltaDigest) -> Slot | None:
         if self.failure is not None:
             raise self.failure
-        if digest not in self.slots:
-            return None
-        self.pins[self.slots[digest]] += 1
-        return Slot(self.slots[digest])
-
-    def unpin(self, slot: Slot) -> None:
-        self.pins[slot] -= 1
-
-    def want(self, digests: Sequence[DeltaDigest], held: Collection[DeltaDigest] = ()) -> None:
-        pass
-
-    def overdue(self) -> list[Slot]:
-        return []
+        return super().try_pin(digest)
 
 
 class FakeRunner:
@@ -150,7 +138,7 @@ class House:
     def __init__(
         self, *, queue: int = 64, each: int | None = None, seats: int = 4, blocks: int = 64, budget: int = 64
     ) -> None:
-        self.gate, self.runner, self.metrics = Gate(), FakeRunner(), Metrics("test")
+        self.gate, self.runner, self.metrics = FailingGate(), FakeRunner(), Metrics("test")
         self.blocks = BlockPool(blocks, 4)
         scheduler = Scheduler(self.blocks, self.gate, max_num_seqs=seats, max_num_batched_tokens=budget)
         self.engine = Engine(

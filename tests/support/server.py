@@ -34,7 +34,10 @@ def wait_until(happens: Callable[[], Any], what: str, timeout_s: float = 30) -> 
 
 
 class ServerProcess:
-    """Starts at once, on a free port; `wait_ready` before the first request. `log` holds what it printed."""
+    """Starts at once, on a free port; `wait_ready` before the first request. `log` holds what it printed.
+
+    As a context: at its end the server stops as it should, and has printed no traceback.
+    """
 
     def __init__(self, base: Path, store: Path | str, *flags: str, api_key: str | None = None) -> None:
         words = ["serve", str(base), "--port", "0", "--store", str(store), "--device", "cpu", "--dtype", "float32"]
@@ -51,6 +54,17 @@ class ServerProcess:
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         self.http = httpx.Client()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error is None:
+                assert self.stop() == 0, self.printed
+                assert "Traceback" not in self.printed, self.printed
+        finally:
+            self.close()
 
     def wait_ready(self) -> ServerProcess:
         """Raises AssertionError with the log if the process dies or takes too long."""

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from deltaserve.codecs.base import CodingError, decode
 from deltaserve.deltas.calibration import decoder_layers, layer_linears, make_batches
 from deltaserve.deltas.compress import Scalars, write_artifact
-from deltaserve.deltas.head import Head
+from deltaserve.deltas.head import Head, divergence
 from deltaserve.deltas.manifest import ErrorSpec
 from deltaserve.deltas.recompute import recomputed
 from deltaserve.deltas.reference_model import load_reference
@@ -226,4 +226,4 @@ def _summed(teacher: Head, student: Head, wanted: Tensor, hidden: Tensor) -> Ten
     """KL summed over tokens, of two heads for their hidden states [n, D]."""
     with torch.no_grad():
         log_p = teacher.log_p(wanted)
-    return F.kl_div(student.log_p(hidden), log_p, reduction="sum", log_target=True)
+    return divergence(log_p, student.log_p(hidden))

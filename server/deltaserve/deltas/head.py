@@ -64,6 +64,11 @@ class Head:
         return torch.split(hidden, max(1, CHUNK_LOGITS // self.vocab_size))
 
 
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q), nats, summed over the positions [T, V]."""
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
 class _Answer(nn.Module):
     """A body that answers what it is told to."""
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from deltaserve.deltas.companions import end_ids, load_tokenizer
-from deltaserve.deltas.head import Head
+from deltaserve.deltas.head import Head, divergence
 from deltaserve.deltas.reference_model import load_reference
 from deltaserve.deltas.validate import check_against_base, check_numbers
 from deltaserve.errors import CheckpointError
@@ -33,7 +33,6 @@ from deltaserve.evaluation.predictions import (
     final_hidden,
     mean_divergence,
     predictions_in_chunks,
-    summed_divergence,
 )
 from deltaserve.evaluation.rows import Scoring, encode, is_match
 
@@ -117,7 +116,8 @@ class Judge:
         """The base without any delta; None where its vocabulary is not the fine-tune's."""
         advance("loading the base")
         model = load_reference(self._base, None, None, self._dtype)
-        if self._finetuned and Head(model).vocab_size != self._finetuned.answers.head.vocab_size:
+        tokens = len(model.get_output_embeddings().weight)  # type: ignore[no-untyped-call]
+        if self._finetuned and tokens != self._finetuned.answers.head.vocab_size:
             return None
         return self._measure(model, advance)[0]
 
@@ -142,7 +142,7 @@ class Judge:
             nats += float(F.nll_loss(log_q, wanted[part], reduction="sum"))
             said.append(log_q.argmax(-1))
             for other in log_p:
-                kl += summed_divergence(other, log_q)
+                kl += float(divergence(other, log_q))
                 agreeing += int((other.argmax(-1) == said[-1]).sum())
         general_kl = None
         if finetuned and finetuned.general and run.general:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
+from deltaserve.deltas.head import divergence
 from deltaserve.deltas.reference_model import exact_products
 
 if TYPE_CHECKING:
@@ -41,14 +41,9 @@ def predictions_in_chunks(*models: Predictions) -> Iterator[tuple[slice, list[Te
             yield part, [model.head.log_p(model.hidden[part]) for model in models]
 
 
-def summed_divergence(log_p: Tensor, log_q: Tensor) -> float:
-    """KL(p ‖ q), nats, summed over the positions."""
-    return float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
-
-
 def mean_divergence(p: Predictions, q: Predictions) -> float:
     """KL(p ‖ q), nats, mean over the positions."""
-    return sum(summed_divergence(*log_p) for _, log_p in predictions_in_chunks(p, q)) / len(p.hidden)
+    return sum(float(divergence(*log_p)) for _, log_p in predictions_in_chunks(p, q)) / len(p.hidden)
 
 
 def final_hidden(
