@@ -84,6 +84,8 @@ KINDS: dict[str, Callable[[int, int], Term]] = {
     "seeded-vq 0.015": lambda rows, cols: seeded_vq(rows, cols, 0.015),
     "seeded-vq 0.03": lambda rows, cols: seeded_vq(rows, cols, 0.03),
     "seeded-vq 0.125": lambda rows, cols: seeded_vq(rows, cols, 0.125),
+    "seeded-vq 0.5": lambda rows, cols: seeded_vq(rows, cols, 0.5),
+    "seeded-vq 1": lambda rows, cols: seeded_vq(rows, cols, 1),
     "sparse 1/16 1 bit": sparse,
     "… shared by 64": lambda rows, cols: sparse(rows, cols, 64),
     "low rank 16": lambda rows, cols: low_rank(rows, cols, 16),

@@ -8,8 +8,8 @@ to be `noise` of the weights:
 Where a budget leaves more noise than that, deltas.prepare looks for one γ that takes less of both (decision 0026).
 
 Below `TURNED_FROM` bits layers are coded by `seeded-vq`; from there on by `higgs`, whose noise falls by 2 a bit, with
-log2 √(curvature · mean Δ²) bits more or less than the mean (decision 0006). `bits` is a ceiling on the whole file
-(deltas.prepare).
+log2 √(curvature · mean Δ²) bits more or less than the mean (decisions 0006, 0028). `bits` is a ceiling on the whole
+file (deltas.prepare).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from deltaserve_kernels.terms import Term
 
 LEAST, MOST = 0.015, 1.0
 LEAST_FILE, MOST_FILE = 0.003, 4.0
-TURNED_FROM, SPREAD = 0.75, 2.0  # bits per parameter
+TURNED_FROM, SPREAD = 1.25, 2.0  # bits per parameter
 LEAST_TURNED, MOST_TURNED = 0.29, 5.0
 EFFICIENCY = 1.05  # c of the seeded quantiser with 12-bit codes
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
-from deltaserve.codecs.auto import LEAST_FILE, MOST_FILE, Auto
+from deltaserve.codecs.auto import LEAST_FILE, MOST_FILE, TURNED_FROM, Auto
 from deltaserve.codecs.base import Planner
 from deltaserve.deltas.allocate import allocated, check_allocatable
 from deltaserve.deltas.base_shift import find_gamma, fit_scalars, rescaled
@@ -41,6 +41,7 @@ LONE_TEXTS, LONE_TOKENS = 8, 16  # of a text so many before the first that is pr
 CODED_VECTORS = ((0.02, 1), (0.25, 4))  # below so many bits per parameter, bits of an entry of norms and biases
 FITTING_ROUNDS = 2
 LAYER_BYTES = 36  # of a layer in a compressed manifest
+ROOM, MOST_ROOM = 0.028, 0.007  # of a file's bits, and bits per parameter, for boosts and a header that no plan counts
 SLACK = 0.03  # of a file's bits that may be left unused
 SHIFT_BELOW = 0.02  # bits per parameter
 SHIFT_TEXTS = 256
@@ -185,7 +186,8 @@ def _fitted(once: Callable[[Codec], Artifact], codec: Auto, reserved: float, bes
     codes; all in bits per parameter. Raises CodecError naming the least."""
     assert codec.bits is not None
     limit = codec.bits - reserved
-    planned = replace(codec, bits=max(0.972 * limit - beside, LEAST_FILE))
+    room = ROOM * limit if limit >= TURNED_FROM else min(ROOM * limit, MOST_ROOM)
+    planned = replace(codec, bits=max(limit - room - beside, LEAST_FILE))
     artifact, best = once(planned), None
     for _ in range(FITTING_ROUNDS):
         assert planned.bits is not None
