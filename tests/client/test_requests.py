@@ -157,6 +157,7 @@ def test_any_route_can_be_asked(wire):
     [
         ("/v1/admin/keys?tenant=a%2Fb", None, "tenant=a%2Fb"),
         ("/v1/admin/keys?tenant=a&limit=2", {"limit": "3"}, "tenant=a&limit=3"),
+        ("/v1/admin/keys?tenant=", None, "tenant="),
         ("/v1/admin/keys", {"tenant": "a"}, "tenant=a"),
         ("/v1/admin/keys", None, ""),
     ],

@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
-from urllib.parse import parse_qsl, quote
+from urllib.parse import quote
 
 import httpx
 
@@ -147,11 +147,12 @@ def compression_events(job_id: str) -> Call[list[Json]]:
 
 def request(method: str, path: str, body: Json | None, params: dict[str, str] | None) -> Call[Json]:
     """Any route that answers with a JSON object; `path` is percent-encoded already, and may end with a query."""
-    path, _, query = path.partition("?")
+    path, _, asked = path.partition("?")
+    query = dict(httpx.QueryParams(asked))
     headers = {} if body is None else {"content-type": "application/json"}
     content = None if body is None else json.dumps(body, allow_nan=False).encode()
     repeat = Repeat.ALWAYS if method == "GET" else Repeat.IF_NOT_RUN
-    return Call(method, path, replies.one(dict), repeat, dict(parse_qsl(query)) | (params or {}), headers, content)
+    return Call(method, path, replies.one(dict), repeat, query | (params or {}), headers, content)
 
 
 def connection(base_url: str, api_key: str | None, timeout: float | httpx.Timeout) -> dict[str, Any]:
