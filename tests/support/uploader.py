@@ -11,10 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from typing import Any
 
 
 class Uploader:
@@ -28,8 +25,8 @@ class Uploader:
     def __enter__(self) -> Uploader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._process.__exit__(kind, error, at)
+    def __exit__(self, *error: Any) -> None:
+        self._process.__exit__(*error)
 
     def live(self, last: int, seconds: float) -> dict[str, int]:
         """A life that uploads number last + 1 and so on, until it is killed: the last number that was acknowledged, by
